@@ -37,8 +37,7 @@ class AutoencoderConfig:
     """In the frequency-compensation modules of type B, while training; 0.2 is the paper's."""
 
     def __post_init__(self) -> None:
-        sizes = (self.in_channels, self.latent_channels, *self.channels)
-        sizes += (self.encoder_blocks, self.decoder_blocks)
+        sizes = (self.in_channels, self.latent_channels, *self.channels, self.encoder_blocks, self.decoder_blocks)
         _require(all(1 <= size <= 4096 for size in sizes), f"sizes must be 1 to 4096, got {sizes}")
         _require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
 
@@ -70,8 +69,8 @@ class DenoiserConfig:
     """Number of classes of each condition; index ``size`` is the null class."""
 
     def __post_init__(self) -> None:
-        sizes = (self.in_channels, self.patch_size, self.hidden_size, self.depth, self.local_window)
-        sizes += (self.d_state, self.d_conv, self.expand, self.headdim, *self.condition_sizes)
+        network = (self.in_channels, self.patch_size, self.hidden_size, self.depth, self.local_window)
+        sizes = (*network, self.d_state, self.d_conv, self.expand, self.headdim, *self.condition_sizes)
         _require(all(1 <= size <= 65536 for size in sizes), f"sizes must be 1 to 65536, got {sizes}")
         _require(
             self.out_channels in (self.in_channels, 2 * self.in_channels),
@@ -87,7 +86,8 @@ class DenoiserConfig:
             f"temporal_directions must be 1 or 2, got {self.temporal_directions}",
         )
         _require(
-            self.scan_order in SCAN_ORDERS, f"scan_order must be one of {SCAN_ORDERS}, got {self.scan_order!r}"
+            self.scan_order in SCAN_ORDERS,
+            f"scan_order must be one of {SCAN_ORDERS}, got {self.scan_order!r}",
         )
         _require(
             self.modulation_rank is None or 1 <= self.modulation_rank <= 65536,

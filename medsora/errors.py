@@ -1,11 +1,11 @@
 """The errors that MedSora raises for its callers.
 
-    MedsoraError
-      RequestError         a generation request the loaded checkpoint cannot honour
-      CheckpointError      a checkpoint that is damaged, altered or of another format
-      BackendError         an operator back end that was asked for and is not available here
-      VideoError           a video file that cannot be read or written
-      GenerationCanceled   raised by an ``on_step`` callback to stop a running generation
+MedsoraError
+  RequestError         a generation request the loaded checkpoint cannot honour
+  CheckpointError      a checkpoint that is damaged, altered or of another format
+  BackendError         an operator back end that was asked for and is not available here
+  VideoError           a video file that cannot be read or written
+  GenerationCanceled   raised by an ``on_step`` callback to stop a running generation
 """
 
 from collections.abc import Sequence
@@ -45,5 +45,5 @@ class VideoError(MedsoraError):
     """A video file that cannot be read or written; the message names the path."""
 
 
-class GenerationCanceled(MedsoraError):
+class GenerationCanceled(MedsoraError):  # noqa: N818 - it is a decision, not a failure
     """Raise it from ``on_step`` to stop a generation at once; it reaches the caller unchanged."""

@@ -21,11 +21,7 @@ def is_valid_video_shape(num_frames: int, height: int, width: int, *, patch_size
     (True, False)
     """
     step = SPATIAL_STRIDE * patch_size
-    return (
-        num_frames > 0 < height
-        and width > 0
-        and num_frames % CHUNK_FRAMES == height % step == width % step == 0
-    )
+    return num_frames > 0 < height and width > 0 and num_frames % CHUNK_FRAMES == height % step == width % step == 0
 
 
 def latent_shape(num_frames: int, height: int, width: int) -> tuple[int, int, int]:

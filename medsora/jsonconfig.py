@@ -83,9 +83,7 @@ def _convert_dataclass(kind: Any, value: Any, where: str) -> Any:
     missing = sorted(
         name
         for name, field in fields.items()
-        if name not in value
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
+        if name not in value and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     )
     if missing:
         raise ValueError(f"{where} lacks keys: {', '.join(missing)}")

@@ -10,7 +10,7 @@ __all__ = ["AUTOENCODERS", "DENOISERS", "preset"]
 AUTOENCODERS: dict[str, AutoencoderConfig] = {
     #                            channels at 1/2, 1/4, 1/8          blocks a stage
     "tiny":  AutoencoderConfig(channels=(8, 16, 16),     latent_channels=4,  encoder_blocks=1, decoder_blocks=1),
-    "small": AutoencoderConfig(channels=(48, 96, 96),    latent_channels=16, encoder_blocks=1, decoder_blocks=2,
+    "small": AutoencoderConfig(channels=(48, 96, 88),    latent_channels=16, encoder_blocks=1, decoder_blocks=1,
                                dropout=0.0),
     "base":  AutoencoderConfig(channels=(128, 256, 512), latent_channels=16, encoder_blocks=3, decoder_blocks=3),
     "large": AutoencoderConfig(channels=(128, 256, 512), latent_channels=16, encoder_blocks=3, decoder_blocks=4),
@@ -20,7 +20,7 @@ DENOISERS: dict[str, DenoiserConfig] = {
     #                        width             depth     state        heads       adaLN               conditions
     "tiny":  DenoiserConfig(hidden_size=32,  depth=2,  d_state=16,  headdim=16, modulation_rank=None,
                             in_channels=4,   out_channels=4,  temporal_directions=2, local_window=2),
-    "small": DenoiserConfig(hidden_size=256, depth=6,  d_state=64,  headdim=64, modulation_rank=64,
+    "small": DenoiserConfig(hidden_size=256, depth=6,  d_state=64,  headdim=64, modulation_rank=32,
                             in_channels=16,  out_channels=16, temporal_directions=2),
     "base":  DenoiserConfig(hidden_size=512, depth=12, d_state=128, headdim=64, modulation_rank=None,
                             in_channels=16,  out_channels=32),

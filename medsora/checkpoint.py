@@ -1,0 +1,255 @@
+"""Checkpoint directories: config.json, autoencoder.safetensors, denoiser.safetensors, manifest.json.
+
+Weights are data, never code: safetensors and JSON only. Before any tensor is made, a file's size and hash are
+compared with the manifest and its header is bounded; after, keys and shapes must be the network's own, and
+values finite. The manifest is written last, so a directory with one is whole.
+"""
+
+import hashlib
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from medsora.config import ModelConfig, config_from_json, config_to_json
+from medsora.errors import CheckpointError
+from medsora.jsonconfig import to_json
+from medsora.manifest import FORMAT_VERSION, FileRecord, Label, Limits, Manifest, read_json, read_manifest
+from medsora.models.autoencoder import VideoAutoencoder
+from medsora.models.denoiser import Denoiser
+from medsora.presets import preset
+
+__all__ = ["LoadedCheckpoint", "load_checkpoint", "save_checkpoint", "sha256_of", "write_tiny_checkpoint"]
+
+WEIGHT_FILES = ("autoencoder.safetensors", "denoiser.safetensors")
+CHECKED_FILES = ("config.json", *WEIGHT_FILES)
+MAX_HEADER_BYTES = 10 * 2**20
+MAX_TENSORS = 20_000
+MAX_WEIGHT_BYTES = 16 * 2**30
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """Both networks in float32 on the CPU, in evaluation mode, with what the checkpoint says of itself."""
+
+    config: ModelConfig
+    manifest: Manifest
+    autoencoder: VideoAutoencoder
+    denoiser: Denoiser
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file as lower-case hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_checkpoint(
+    directory: str | Path,
+    *,
+    config: ModelConfig,
+    autoencoder: Mapping[str, Tensor],
+    denoiser: Mapping[str, Tensor],
+    manifest: Manifest,
+    dtype: str = "float16",
+) -> Manifest:
+    """Write a checkpoint directory; each file appears whole or not at all, the manifest last.
+
+    Args:
+        autoencoder: State dict of a :class:`VideoAutoencoder` of ``config.autoencoder``.
+        denoiser: State dict of a :class:`Denoiser` of ``config.denoiser``.
+        manifest: Its ``files`` are replaced by what was written.
+        dtype: Of the stored floating-point weights, a torch name. float16 keeps 11 bits, bfloat16 only 8.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        CheckpointError: Labels do not fit the configuration, or a weight does not fit ``dtype``.
+    """
+    target = Path(directory)
+    _check_labels(config, manifest, where=target)
+    target.mkdir(parents=True, exist_ok=True)
+    _write_whole(target / "config.json", _json_bytes(config_to_json(config)))
+    for name, state in zip(WEIGHT_FILES, (autoencoder, denoiser), strict=True):
+        tensors = {key: _stored(key, value, dtype) for key, value in state.items()}
+        with tempfile.TemporaryDirectory(dir=target) as scratch:
+            path = Path(scratch) / name
+            save_file(tensors, path)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            path.replace(target / name)
+    records = {
+        name: FileRecord(sha256=sha256_of(target / name), size_bytes=(target / name).stat().st_size)
+        for name in CHECKED_FILES
+    }
+    written = replace(manifest, files=records)
+    _write_whole(target / "manifest.json", _json_bytes(to_json(written)))
+    return written
+
+
+def load_checkpoint(directory: str | Path) -> LoadedCheckpoint:
+    """Read a checkpoint directory after checking every file against the manifest.
+
+    Raises:
+        CheckpointError: Anything is missing, truncated, altered, oversized, unknown or does not fit.
+    """
+    source = Path(directory)
+    manifest = read_manifest(source)
+    if set(manifest.files) != set(CHECKED_FILES):
+        raise CheckpointError(
+            f"{source}: manifest.json must list exactly {', '.join(CHECKED_FILES)}; "
+            f"it lists {', '.join(sorted(manifest.files)) or 'nothing'}"
+        )
+    for name, record in manifest.files.items():
+        _check_file(source / name, record)
+    try:
+        config = config_from_json(read_json(source / "config.json"))
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    _check_labels(config, manifest, where=source)
+    # meta: shapes without memory or random numbers; the file's tensors become the weights
+    with torch.device("meta"):
+        autoencoder, denoiser = VideoAutoencoder(config.autoencoder), Denoiser(config.denoiser)
+    for name, module in zip(WEIGHT_FILES, (autoencoder, denoiser), strict=True):
+        _load_weights(source / name, module)
+    return LoadedCheckpoint(config, manifest, autoencoder.eval(), denoiser.eval())
+
+
+def _check_labels(config: ModelConfig, manifest: Manifest, *, where: Path) -> None:
+    for label in manifest.labels:
+        try:
+            config.condition_indices(label.condition)
+        except ValueError as error:
+            raise CheckpointError(f"{where}: label {label.name!r}: {error}") from error
+
+
+def _check_file(path: Path, record: FileRecord) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    if size != record.size_bytes or size > MAX_WEIGHT_BYTES:
+        raise CheckpointError(f"{path} has {size} bytes, the manifest says {record.size_bytes}")
+    digest = sha256_of(path)
+    if digest != record.sha256:
+        raise CheckpointError(f"{path} was altered: its SHA-256 is {digest}, the manifest says {record.sha256}")
+
+
+def _check_header(path: Path) -> None:
+    # the library would accept a header of 100 MB with a million tensors, which costs it a gigabyte
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER_BYTES + 1
+        if length > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path} is no safetensors file, or its header exceeds {MAX_HEADER_BYTES} bytes")
+        try:
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} has no valid safetensors header: {error}") from error
+    if not isinstance(header, dict) or len(header) > MAX_TENSORS:
+        raise CheckpointError(f"{path} has no valid safetensors header, or more than {MAX_TENSORS} tensors")
+
+
+def _load_weights(path: Path, module: nn.Module) -> None:
+    _check_header(path)
+    try:
+        stored = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    expected = module.state_dict()
+    wrong = sorted(set(stored) ^ set(expected))
+    if wrong:
+        raise CheckpointError(f"{path} has the wrong tensors, first of {len(wrong)}: {', '.join(wrong[:5])}")
+    for key, value in stored.items():
+        if value.shape != expected[key].shape:
+            shapes = f"{tuple(value.shape)}, not {tuple(expected[key].shape)}"
+            raise CheckpointError(f"{path}: tensor {key} has shape {shapes}")
+        if value.is_floating_point() != expected[key].is_floating_point():
+            raise CheckpointError(f"{path}: tensor {key} has type {value.dtype}")
+        if not torch.isfinite(value).all():
+            raise CheckpointError(f"{path}: tensor {key} holds values that are not finite")
+    weights = {key: value.to(expected[key].dtype) for key, value in stored.items()}
+    module.load_state_dict(weights, strict=True, assign=True)
+
+
+def _stored(key: str, value: Tensor, dtype: str) -> Tensor:
+    value = value.detach().cpu()
+    if not value.is_floating_point():
+        return value.contiguous()
+    stored = value.to(getattr(torch, dtype)).contiguous()
+    if not torch.isfinite(stored).all():
+        raise CheckpointError(f"tensor {key} is not finite in {dtype}")
+    return stored
+
+
+def _json_bytes(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.part")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_tiny_checkpoint(directory: str | Path, *, seed: int = 0) -> Path:
+    """Write an untrained checkpoint of preset ``tiny``: makes noise, fast. For tests and trying things out.
+
+    16 frames of 32x32 pixels at 8 frames a second, labels ``regular-convex`` and ``covid-convex``.
+    """
+    config = preset("tiny", {"finding": ("regular", "covid"), "probe": ("convex",)})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        autoencoder, denoiser = VideoAutoencoder(config.autoencoder), Denoiser(config.denoiser)
+        # an untrained denoiser predicts exactly nothing (adaLN-Zero); random weights make the output depend on all
+        for parameter in denoiser.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.05)
+    labels = tuple(
+        Label(
+            name=f"{finding}-convex",
+            description=f"{finding} lung, convex probe (random weights)",
+            synonyms=(f"{finding} lung",),
+            condition={"finding": finding, "probe": "convex"},
+        )
+        for finding in ("regular", "covid")
+    )
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        name="tiny",
+        description="Untrained weights for tests; its videos are noise.",
+        modality="US",
+        intended_use="Tests only.",
+        licence="Apache-2.0",
+        created_at="2026-11-24T00:00:00Z",
+        labels=labels,
+        limits=Limits(
+            sizes=((32, 32),),
+            num_frames=(16,),
+            fps=8.0,
+            num_inference_steps=(1, 4, 1000),
+            guidance_scale=(1.0, 1.0, 10.0),
+            samplers=("euler", "heun"),
+        ),
+    )
+    save_checkpoint(
+        directory,
+        config=config,
+        autoencoder=autoencoder.state_dict(),
+        denoiser=denoiser.state_dict(),
+        manifest=manifest,
+        dtype="float32",
+    )
+    return Path(directory)

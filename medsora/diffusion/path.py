@@ -1,0 +1,44 @@
+"""THE convention of time and velocity; nothing else in the code base writes ``1 - t``.
+
+    x_t = (1 - t) * data + t * noise        t in [0, 1]; 0 is data, 1 is noise
+    velocity = noise - data                  what the network predicts; sampling goes from t = 1 to t = 0
+
+This is rectified flow (Liu et al., arXiv 2209.03003, equation 1) with time reversed. Time may differ from one
+latent frame to the next: a frame held at t = 0 stays as it is.
+"""
+
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["interpolate", "to_data", "to_noise", "velocity_target"]
+
+
+def _over_latents(t: Tensor) -> Tensor:  # (b f) -> (b 1 f 1 1)
+    return t[:, None, :, None, None]
+
+
+def interpolate(
+    data: Float[Tensor, "b c f h w"], noise: Float[Tensor, "b c f h w"], t: Float[Tensor, "b f"]
+) -> Float[Tensor, "b c f h w"]:
+    """Point at time ``t`` of each frame on the straight path from data to noise."""
+    time = _over_latents(t)
+    return (1 - time) * data + time * noise
+
+
+def velocity_target(data: Float[Tensor, "b c f h w"], noise: Float[Tensor, "b c f h w"]) -> Float[Tensor, "b c f h w"]:
+    """Constant velocity of the path: what the network learns to predict."""
+    return noise - data
+
+
+def to_data(
+    x: Float[Tensor, "b c f h w"], velocity: Float[Tensor, "b c f h w"], t: Float[Tensor, "b f"]
+) -> Float[Tensor, "b c f h w"]:
+    """Data end of the path through ``x`` at time ``t`` with this velocity: the running estimate."""
+    return x - _over_latents(t) * velocity
+
+
+def to_noise(
+    x: Float[Tensor, "b c f h w"], velocity: Float[Tensor, "b c f h w"], t: Float[Tensor, "b f"]
+) -> Float[Tensor, "b c f h w"]:
+    """Noise end of the path through ``x`` at time ``t`` with this velocity."""
+    return x + (1 - _over_latents(t)) * velocity

@@ -1,0 +1,148 @@
+"""The MedSora denoiser, top to bottom: latents at time t and a condition -> velocity.
+
+Source: MedSora (arXiv 2411.01647), figure 2 and its released code. What is ours: time is given per latent
+frame, so that frames already known can be held clean (t = 0), and class conditions.
+Axis letters: b batch, c channels, f frames, h height, w width (of latents, or of patches), d hidden.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from medsora.config import DenoiserConfig
+from medsora.models.blocks import LocalAttention, SpatialMamba, TemporalMamba
+
+__all__ = ["Denoiser"]
+
+TIME_FEATURES = 256
+TIME_SCALE = 1000.0
+"""Times in [0, 1] are spread to [0, 1000] before their sinusoids, the range these were made for."""
+
+
+def sinusoids(position: Float[Tensor, "*n"], size: int) -> Float[Tensor, "*n {size}"]:
+    """Cosines and sines of a position at ``size / 2`` frequencies from 1 down to about 1e-4."""
+    frequency = torch.exp(-math.log(10000.0) * torch.arange(size // 2, device=position.device) / (size // 2))
+    angle = position[..., None].float() * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def grid_positions(height: int, width: int, size: int, device: torch.device) -> Float[Tensor, "h w d"]:
+    """Fixed 2-D sine-cosine position embedding: half of ``size`` for the row, half for the column."""
+    rows = sinusoids(torch.arange(height, device=device).float(), size // 2)
+    columns = sinusoids(torch.arange(width, device=device).float(), size // 2)
+    return torch.cat(
+        [rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)],
+        dim=-1,
+    )
+
+
+class Modulation(nn.Module):
+    """adaLN-Zero: shifts, scales and gates from the condition of each frame.
+
+    A rank makes the projection two thin matrices instead of the paper's full one.
+    """
+
+    def __init__(self, hidden_size: int, outputs: int, rank: int | None) -> None:
+        super().__init__()
+        self.outputs = outputs
+        self.down = None if rank is None else nn.Linear(hidden_size, rank, bias=False)
+        self.up = nn.Linear(hidden_size if rank is None else rank, outputs * hidden_size)
+
+    def forward(self, embedding: Float[Tensor, "b f d"]) -> tuple[Tensor, ...]:  # each b f 1 1 d
+        x = F.silu(embedding)
+        rows: Tensor = self.up(x if self.down is None else self.down(x))
+        return rows[:, :, None, None].chunk(self.outputs, dim=-1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+class Block(nn.Module):
+    """Local attention, spatial Mamba, temporal Mamba, each normed, modulated and gated. No MLP."""
+
+    def __init__(self, config: DenoiserConfig, index: int) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.modulation = Modulation(size, 9, config.modulation_rank)
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(size), nn.LayerNorm(size), nn.LayerNorm(size)
+        self.attention = LocalAttention(size, config.local_window)
+        self.spatial = SpatialMamba(config, index)
+        self.temporal = TemporalMamba(config)
+
+    def forward(
+        self, x: Float[Tensor, "b f h w d"], embedding: Float[Tensor, "b f d"], backend: str
+    ) -> Float[Tensor, "b f h w d"]:
+        f, h = x.shape[1:3]
+        modulation: tuple[Tensor, ...] = self.modulation(embedding)
+        shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = modulation
+        tokens = rearrange(modulate(self.norm1(x), shift1, scale1), "b f h w d -> (b f) (h w) d")
+        local: Tensor = rearrange(self.attention(tokens), "(b f) (h w) d -> b f h w d", f=f, h=h)
+        x = x + gate1 * local
+        spatial: Tensor = self.spatial(modulate(self.norm2(x), shift2, scale2), backend=backend)
+        x = x + gate2 * spatial
+        temporal: Tensor = self.temporal(modulate(self.norm3(x), shift3, scale3), backend=backend)
+        return x + gate3 * temporal
+
+
+class Denoiser(nn.Module):
+    """The whole network. ``backend`` names the SSD operator's back end (see :mod:`medsora.ops.ssd`)."""
+
+    def __init__(self, config: DenoiserConfig, *, backend: str = "auto") -> None:
+        super().__init__()
+        self.config, self.backend = config, backend
+        size, patch = config.hidden_size, config.patch_size
+        self.patch_in = nn.Linear(config.in_channels * patch**2, size)
+        self.time_in, self.time_out = nn.Linear(TIME_FEATURES, size), nn.Linear(size, size)
+        self.conditions = nn.ModuleList(nn.Embedding(classes + 1, size) for classes in config.condition_sizes)
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
+        self.norm_out = nn.LayerNorm(size, elementwise_affine=False)
+        self.modulation_out = Modulation(size, 2, config.modulation_rank)
+        self.patch_out = nn.Linear(size, config.out_channels * patch**2)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(self.time_in.weight, std=0.02)
+        nn.init.normal_(self.time_out.weight, std=0.02)
+        # adaLN-Zero: at first every block is the identity and the velocity is zero
+        for module in self.modules():
+            if isinstance(module, Modulation):
+                nn.init.zeros_(module.up.weight)
+        nn.init.zeros_(self.patch_out.weight)
+
+    def forward(
+        self,
+        latents: Float[Tensor, "b c f h w"],
+        t: Float[Tensor, "b f"],
+        condition: Int[Tensor, "b k"],
+    ) -> Float[Tensor, "b o f h w"]:
+        """Predict the velocity (noise - data) of every latent frame.
+
+        Args:
+            latents: Noisy latents; height and width multiples of the patch size.
+            t: Diffusion time of each frame, 0 (clean) to 1 (noise).
+            condition: Class of each condition; ``config.null_condition`` asks for none.
+        """
+        patch = self.config.patch_size
+        x: Tensor = self.patch_in(rearrange(latents, "b c f (h p) (w q) -> b f h w (c p q)", p=patch, q=patch))
+        x = x + grid_positions(x.shape[2], x.shape[3], x.shape[4], x.device).to(x.dtype)
+        features = sinusoids(t * TIME_SCALE, TIME_FEATURES).to(x.dtype)
+        embedding = self.time_out(F.silu(self.time_in(features)))  # b f d
+        for index, table in enumerate(self.conditions):
+            embedding = embedding + table(condition[:, index])[:, None]
+        for block in self.blocks:
+            x = block(x, embedding, self.backend)
+        shift, scale = self.modulation_out(embedding)
+        x = self.patch_out(modulate(self.norm_out(x), shift, scale))
+        return rearrange(x, "b f h w (c p q) -> b c f (h p) (w q)", p=patch, q=patch)
