@@ -1,0 +1,208 @@
+"""``medsora-train``: autoencoder, denoiser, evaluate, export. Torch is loaded only by a command that runs."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from medsora.errors import MedsoraError
+from training.config import TrainConfig, override
+from training.recipes import RECIPES, recipe
+
+__all__ = ["app", "main"]
+
+STARTED = time.monotonic()
+
+app = typer.Typer(
+    name="medsora-train",
+    help="Train, measure and export MedSora checkpoints.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+RecipeArgument = Annotated[str, typer.Argument(help=f"One of: {', '.join(RECIPES)}.")]
+DataOption = Annotated[Path, typer.Option(help="Table of clips (clips.csv); the clips lie beside it.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Replace a field of the recipe: loop.batch_size=32. Repeatable.")
+]
+SqueezeOption = Annotated[Path | None, typer.Option(help="SqueezeNet 1.0 weights, Caffe layer names.")]
+BudgetOption = Annotated[
+    float | None,
+    typer.Option(help="Stop and save after so many seconds, counted from the start of the process.", min=1.0),
+]
+
+
+@app.command("autoencoder")
+def autoencoder_command(
+    name: RecipeArgument,
+    data: DataOption,
+    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    squeezenet: SqueezeOption = None,
+    settings: SetOption = None,
+    init: Annotated[Path | None, typer.Option(help="Start from the weights of this run or checkpoint.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")] = False,
+    time_budget_s: BudgetOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Train an autoencoder."""
+    config = _configure(name, settings)
+    from training.runs import load_autoencoder, train_autoencoder
+    from training.squeezenet import load_squeezenet
+
+    place = _device(device)
+    network = None
+    if squeezenet is not None and config.autoencoder_loss.perceptual > 0:
+        network = load_squeezenet(squeezenet, device=place)
+    train_autoencoder(
+        config,
+        out,
+        table=data,
+        squeezenet=network,
+        device=place,
+        initial=None if init is None else load_autoencoder(init)[0].state_dict(),
+        is_resuming=resume,
+        time_budget_s=time_budget_s,
+        started=STARTED,
+        report=_report,
+    )
+
+
+@app.command("denoiser")
+def denoiser_command(
+    name: RecipeArgument,
+    data: DataOption,
+    autoencoder: Annotated[Path, typer.Option(help="Folder of the autoencoder's run, or a checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    settings: SetOption = None,
+    init: Annotated[Path | None, typer.Option(help="Start from the weights of this run or checkpoint.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")] = False,
+    time_budget_s: BudgetOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Train a denoiser on the latents of an autoencoder."""
+    config = _configure(name, settings)
+    from training.runs import load_denoiser_weights, train_denoiser
+
+    train_denoiser(
+        config,
+        out,
+        table=data,
+        autoencoder=autoencoder,
+        device=_device(device),
+        initial=None if init is None else load_denoiser_weights(init),
+        is_resuming=resume,
+        time_budget_s=time_budget_s,
+        started=STARTED,
+        report=_report,
+    )
+
+
+@app.command("evaluate")
+def evaluate_command(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    data: DataOption,
+    squeezenet: Annotated[Path, typer.Option(help="SqueezeNet 1.0 weights, Caffe layer names.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.json and contact sheets.")],
+    name: Annotated[str, typer.Option("--recipe", help="Recipe that says which clips and windows.")] = "denoiser_small",
+    settings: SetOption = None,
+    samples: Annotated[int, typer.Option(help="Clips to generate.", min=2)] = 512,
+    batch_size: Annotated[int, typer.Option(help="Clips generated together.", min=1)] = 64,
+    dtype: Annotated[str, typer.Option(help="Of the sampler: float32 or bfloat16.")] = "float32",
+    device: DeviceOption = "auto",
+) -> None:
+    """Measure a checkpoint on the test split and write a report with contact sheets."""
+    config = _configure(name, settings)
+    from training.evaluate import EvaluationConfig, evaluate_checkpoint
+    from training.squeezenet import load_squeezenet
+
+    place = _device(device)
+    figures = evaluate_checkpoint(
+        checkpoint,
+        out,
+        table=data,
+        data=config.data,
+        squeezenet=load_squeezenet(squeezenet, device=place),
+        device=place,
+        settings=EvaluationConfig(num_samples=samples, batch_size=batch_size, dtype=dtype),
+        report=_report,
+    )
+    typer.echo(json.dumps({key: figures[key] for key in ("reconstruction", "frechet", "nearest_training")}, indent=1))
+
+
+@app.command("export")
+def export_command(
+    autoencoder: Annotated[Path, typer.Option(help="Folder of the autoencoder's run, or the checkpoint it is from.")],
+    denoiser: Annotated[Path, typer.Option(help="Folder of the denoiser's run.")],
+    out: Annotated[Path, typer.Option(help="Checkpoint directory to write; an old checkpoint there is replaced.")],
+    name: Annotated[str, typer.Option(help="Name of the checkpoint.")] = "lung-ultrasound-small",
+    report: Annotated[Path | None, typer.Option(help="report.json of an evaluation, for the manifest.")] = None,
+    steps: Annotated[int, typer.Option(help="Default number of sampling steps.", min=1, max=250)] = 30,
+    guidance: Annotated[float, typer.Option(help="Default guidance scale.", min=1.0, max=8.0)] = 1.5,
+    sampler: Annotated[str, typer.Option(help="Default sampler: euler or heun.")] = "euler",
+) -> None:
+    """Write a checkpoint directory from two runs."""
+    from training.export import Sampling, export_checkpoint
+
+    metrics: dict[str, Any] = {}
+    try:
+        if report is not None:
+            metrics = json.loads(report.read_text(encoding="utf-8"))
+        if sampler not in ("euler", "heun"):
+            raise ValueError(f"--sampler must be euler or heun, got {sampler!r}")
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    samplers = (sampler, *(other for other in ("euler", "heun") if other != sampler))
+    manifest = export_checkpoint(
+        out,
+        autoencoder_run=autoencoder,
+        denoiser_run=denoiser,
+        name=name,
+        metrics=metrics,
+        sampling=Sampling(num_inference_steps=(1, steps, 250), guidance_scale=(1.0, guidance, 8.0), samplers=samplers),
+    )
+    size = sum(record.size_bytes for record in manifest.files.values())
+    typer.echo(f"{out}: {len(manifest.labels)} labels, {size / 2**20:.1f} MiB")
+
+
+def _configure(name: str, settings: list[str] | None) -> TrainConfig:
+    try:
+        return override(recipe(name), settings or [])
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(name)
+        torch.zeros(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"device {name!r} is not available here: {error}") from error
+    if place.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    return place
+
+
+def _report(text: str) -> None:
+    typer.echo(f"[{time.monotonic() - STARTED:7.1f} s] {text}")
+
+
+def main() -> None:
+    """Console script: errors of MedSora end with one line and status 1, not with a stack trace."""
+    try:
+        app()
+    except MedsoraError as error:
+        typer.secho(f"error: {error}", err=True, fg="red")
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""Everything that defines a training run: frozen dataclasses, saved with the run as ``train.json``. Torch-free.
+
+A run is a recipe (:mod:`training.recipes`) with a few values replaced (:func:`override`).
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from medsora.config import ModelConfig
+from medsora.jsonconfig import from_json, to_json
+
+__all__ = [
+    "AutoencoderLossConfig",
+    "DataConfig",
+    "DenoiserLossConfig",
+    "LoopConfig",
+    "OptimizerConfig",
+    "TrainConfig",
+    "config_hash",
+    "differences",
+    "override",
+]
+
+PARTS = ("autoencoder", "denoiser")
+SCHEDULES = ("constant", "cosine")
+CLOCKS = ("steps", "seconds")
+PRECISIONS = ("fp32", "bf16")
+
+RESUMABLE = frozenset(
+    f"loop.{name}"
+    for name in (
+        "steps", "total_seconds", "log_every", "checkpoint_every", "evaluate_every", "keep_checkpoints", "compile"
+    )
+)  # fmt: skip
+"""Fields that may change between the legs of one run: they do not change what a step computes, except that
+``steps`` and ``total_seconds`` stretch a learning-rate schedule that depends on them."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which clips are used, and how windows are cut from them."""
+
+    dataset: str
+    excluded_labels: tuple[str, ...] = ()
+    """Labels that are no class."""
+    condition_columns: dict[str, str]
+    """Column of the clip table that holds each condition, by the condition's name."""
+    num_frames: int = 16
+    height: int = 128
+    width: int = 128
+    target_fps: float = 8.0
+    """Each clip is taken at the whole stride that comes nearest to this rate."""
+    window_step: int = 1
+    """Distance in frames between the starts of training windows."""
+    test_window_step: int = 8
+    """The same for the test split: windows of one clip overlap, so all of them would add time, no evidence."""
+    has_flips: bool = True
+    """Mirror half of the windows left to right."""
+    sampling_exponent: float = 0.5
+    """A condition with n windows is drawn in proportion to n to this power; 1 is as they come, 0 all alike."""
+
+    def __post_init__(self) -> None:
+        counts = (self.num_frames, self.height, self.width, self.window_step, self.test_window_step)
+        _require(all(count >= 1 for count in counts), f"data counts must be at least 1, got {counts}")
+        _require(self.target_fps > 0, f"data.target_fps must be above 0, got {self.target_fps}")
+        _require(
+            0 <= self.sampling_exponent <= 1,
+            f"data.sampling_exponent must be 0 to 1, got {self.sampling_exponent}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning rate over the run."""
+
+    learning_rate: float
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    gradient_clip: float = 1.0
+    """Largest norm of all gradients together."""
+    warmup_steps: int = 200
+    schedule: str = "cosine"
+    """``constant``, or ``cosine``: falls to ``final_fraction`` of the rate at the end of the run."""
+    final_fraction: float = 0.01
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, f"optimizer.learning_rate must be above 0, got {self.learning_rate}")
+        _require(self.gradient_clip > 0, f"optimizer.gradient_clip must be above 0, got {self.gradient_clip}")
+        _require(self.schedule in SCHEDULES, f"optimizer.schedule must be one of {SCHEDULES}, got {self.schedule!r}")
+        _require(0 <= self.final_fraction <= 1, f"optimizer.final_fraction must be 0 to 1, got {self.final_fraction}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """Length, speed and bookkeeping of the run."""
+
+    steps: int
+    """The run ends after so many optimizer steps."""
+    total_seconds: float | None = None
+    """The run also ends after so many seconds of training, all its legs together."""
+    clock: str = "steps"
+    """What the learning rate follows: ``steps``, or ``seconds`` (of ``total_seconds``; then a resumed run is
+    not bit-exact, since no two machines take the same time)."""
+    batch_size: int = 16
+    """Clips a step."""
+    seed: int = 0
+    ema_decay: float = 0.999
+    precision: str = "bf16"
+    """``bf16`` autocast, or ``fp32``."""
+    compile: bool = False
+    """torch.compile the network: minutes to start, then about twice as fast on a GPU."""
+    log_every: int = 50
+    checkpoint_every: int = 1000
+    evaluate_every: int = 1000
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "evaluate_every"):
+            _require(getattr(self, name) >= 1, f"loop.{name} must be at least 1, got {getattr(self, name)}")
+        _require(
+            self.keep_checkpoints >= 2,
+            f"loop.keep_checkpoints must be at least 2, so that a damaged one can be skipped; "
+            f"got {self.keep_checkpoints}",
+        )
+        _require(self.clock in CLOCKS, f"loop.clock must be one of {CLOCKS}, got {self.clock!r}")
+        _require(
+            self.clock == "steps" or self.total_seconds is not None,
+            "loop.clock=seconds needs loop.total_seconds",
+        )
+        _require(
+            self.total_seconds is None or self.total_seconds > 0,
+            f"loop.total_seconds must be above 0, got {self.total_seconds}",
+        )
+        _require(0 <= self.ema_decay < 1, f"loop.ema_decay must be in [0, 1), got {self.ema_decay}")
+        _require(self.precision in PRECISIONS, f"loop.precision must be one of {PRECISIONS}, got {self.precision!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderLossConfig:
+    """Weights of the autoencoder's loss terms; videos are in [-1, 1]."""
+
+    l1: float = 1.0
+    mse: float = 2.0
+    """Squared error: what PSNR counts, L1 alone is content with blurred speckle."""
+    focal_frequency: float = 1.0
+    perceptual: float = 0.02
+    """Distance in SqueezeNet features; needs ``--squeezenet`` unless 0."""
+    perceptual_frames: int = 4
+    """Frames of each clip, drawn at random, that the perceptual term looks at."""
+    kl: float = 1e-3
+    """Mean over latent elements of the divergence from a standard normal."""
+
+    def __post_init__(self) -> None:
+        weights = (self.l1, self.mse, self.focal_frequency, self.perceptual, self.kl)
+        _require(all(weight >= 0 for weight in weights), f"autoencoder_loss weights are below 0: {weights}")
+        _require(self.perceptual_frames >= 1, "autoencoder_loss.perceptual_frames must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserLossConfig:
+    """How diffusion time and condition are drawn."""
+
+    time_mean: float = 0.0
+    """Mean of logit(t); above 0 draws noisier times more often."""
+    time_std: float = 1.0
+    """Standard deviation of logit(t)."""
+    label_dropout: float = 0.1
+    """Share of clips trained without condition, for guidance."""
+
+    def __post_init__(self) -> None:
+        _require(self.time_std > 0, f"denoiser_loss.time_std must be above 0, got {self.time_std}")
+        _require(
+            0 <= self.label_dropout < 1,
+            f"denoiser_loss.label_dropout must be in [0, 1), got {self.label_dropout}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run: trains one part of a model."""
+
+    recipe: str
+    """Name of the recipe this came from."""
+    part: str
+    """``autoencoder`` or ``denoiser``."""
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    loop: LoopConfig
+    autoencoder_loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
+    denoiser_loss: DenoiserLossConfig = field(default_factory=DenoiserLossConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.part in PARTS, f"part must be one of {PARTS}, got {self.part!r}")
+        _require(
+            tuple(self.data.condition_columns) == tuple(self.model.condition_names),
+            f"data.condition_columns name {tuple(self.data.condition_columns)}, "
+            f"the model's conditions are {tuple(self.model.condition_names)}",
+        )
+
+
+def override(config: TrainConfig, assignments: Sequence[str]) -> TrainConfig:
+    """Replace values by their dotted names.
+
+    Args:
+        assignments: ``"loop.batch_size=32"``; the value is JSON, or plain text where it is no JSON.
+
+    Raises:
+        ValueError: No ``=``, an unknown name, or a value that the field does not take.
+    """
+    tree = to_json(config)
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"{assignment!r} must look like loop.batch_size=32")
+        *parents, last = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or last not in node:
+            known = ", ".join(sorted(node)) if isinstance(node, dict) else ", ".join(sorted(tree))
+            raise ValueError(f"{name!r} is no field of the recipe; here there are: {known}")
+        try:
+            node[last] = json.loads(text)
+        except json.JSONDecodeError:
+            node[last] = text
+    return from_json(TrainConfig, tree, where="recipe")
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """Fields that differ and may not differ between two legs of one run, as ``name: old -> new``."""
+
+    def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(tree, dict):
+            return {prefix: tree}
+        found: dict[str, Any] = {}
+        for key, value in tree.items():
+            found |= leaves(value, f"{prefix}.{key}" if prefix else key)
+        return found
+
+    before, after = leaves(to_json(old)), leaves(to_json(new))
+    return [
+        f"{name}: {before.get(name)!r} -> {after.get(name)!r}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name) and name not in RESUMABLE
+    ]
+
+
+def config_hash(value: Any) -> str:
+    """First 16 hex digits of the SHA-256 of a dataclass's canonical JSON."""
+    tree = to_json(value) if dataclasses.is_dataclass(value) else value
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]

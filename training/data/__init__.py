@@ -1,0 +1,1 @@
+"""Clips on disk -> windows of frames on the training device -> cached latents."""

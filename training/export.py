@@ -1,0 +1,211 @@
+"""From two finished runs to a checkpoint directory that the server can load: weights, labels, provenance.
+
+The directory is written beside its place, loaded again and compared weight by weight before it is put there.
+"""
+
+import shutil
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medsora.checkpoint import load_checkpoint, save_checkpoint
+from medsora.config import ModelConfig
+from medsora.manifest import FORMAT_VERSION, Label, Limits, Manifest
+from training.config import DataConfig
+from training.errors import TrainingError
+from training.runs import RunResult, load_result
+
+__all__ = ["Sampling", "describe_labels", "export_checkpoint", "training_data_entries"]
+
+INTENDED_USE = (
+    "Research on synthetic medical video only. Not for diagnosis, not for training of clinicians, and without "
+    "any clinical validation. Every generated clip must be marked as synthetic."
+)
+FINDINGS = {
+    "regular": ("regular lung", ("normal", "healthy", "normal lung", "healthy lung", "regular lung")),
+    "covid": ("lung with signs of COVID-19", ("covid-19", "covid lung", "sars-cov-2", "covid-19 lung")),
+    "viral": ("viral pneumonia other than COVID-19", ("viral pneumonia",)),
+    "pneumonia": ("bacterial pneumonia", ("bacterial pneumonia", "pneumonia lung")),
+}
+PROBES = {"convex": ("convex", "curvilinear", "curved"), "linear": ("linear", "linear array")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Limits of the sampler that the manifest states: least, default, most."""
+
+    num_inference_steps: tuple[int, int, int] = (1, 30, 250)
+    guidance_scale: tuple[float, float, float] = (1.0, 1.5, 8.0)
+    samplers: tuple[str, ...] = ("euler", "heun")
+
+
+def describe_labels(conditions: list[dict[str, str]]) -> tuple[Label, ...]:
+    """Labels for the combinations of finding and probe that were trained.
+
+    A finding may be asked for without naming the probe: then the first of :data:`PROBES` it was trained with
+    is meant.
+    """
+    labels = []
+    named: set[str] = set()
+    for finding, (words, synonyms) in FINDINGS.items():
+        for probe, probe_words in PROBES.items():
+            if {"finding": finding, "probe": probe} not in conditions:
+                continue
+            plain = () if finding in named else (finding, *synonyms)
+            named.add(finding)
+            with_probe = tuple(f"{synonym} {word}" for synonym in (finding, *synonyms) for word in probe_words)
+            labels.append(
+                Label(
+                    name=f"{finding}-{probe}",
+                    description=f"Lung ultrasound: {words}, {probe} probe",
+                    synonyms=tuple(dict.fromkeys((*plain, *with_probe))),
+                    condition={"finding": finding, "probe": probe},
+                )
+            )
+    unknown = [condition for condition in conditions if condition not in [label.condition for label in labels]]
+    if unknown:
+        raise TrainingError(f"no words are known for these conditions: {unknown}")
+    return tuple(labels)
+
+
+def training_data_entries(clips: list[dict[str, Any]]) -> tuple[dict[str, str], ...]:
+    """Name, label, licence, source and attribution of every training clip."""
+    return tuple(
+        {
+            "file": clip["file"],
+            "label": f"{clip['label']}-{clip['probe']}",
+            "licence": clip["licence"],
+            "source": clip["source"],
+            "attribution": clip["attribution"],
+        }
+        for clip in clips
+    )
+
+
+def export_checkpoint(
+    directory: Path,
+    *,
+    autoencoder_run: Path,
+    denoiser_run: Path,
+    name: str,
+    licence: str = "CC BY 4.0",
+    metrics: dict[str, Any] | None = None,
+    sampling: Sampling | None = None,
+) -> Manifest:
+    """Write a checkpoint directory from the averaged weights of two runs.
+
+    Args:
+        directory: Must not exist, or hold a checkpoint (a folder with a ``manifest.json``), which is replaced.
+        autoencoder_run: Folder of the run; or of the checkpoint whose autoencoder the denoiser was trained on.
+        licence: Of the weights.
+        metrics: Figures for the manifest, e.g. of :mod:`training.evaluate`.
+
+    Raises:
+        TrainingError: The runs do not belong together, the folder is something else, or the round trip
+            changed a weight.
+    """
+    coder, digest, coder_summary = _autoencoder(autoencoder_run)
+    denoiser = load_result(denoiser_run, part="denoiser")
+    if denoiser.about.get("autoencoder_sha256") != digest:
+        raise TrainingError(f"the denoiser in {denoiser_run} was not trained on the autoencoder in {autoencoder_run}")
+    if directory.exists() and not (directory / "manifest.json").is_file() and any(directory.iterdir()):
+        raise TrainingError(f"{directory} is there and is no checkpoint: choose another folder")
+    config, data = denoiser.config.model, denoiser.config.data
+    training = {"autoencoder": coder_summary, "denoiser": _run_summary(denoiser)}
+    manifest = _manifest(
+        name, licence, config, data, denoiser.about["clips"], training, sampling or Sampling(), metrics or {}
+    )
+    scratch = directory.with_name(f".{directory.name}.new")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        written = save_checkpoint(
+            scratch, config=config, autoencoder=coder, denoiser=denoiser.weights, manifest=manifest
+        )
+        _verify(scratch, coder, denoiser.weights)
+        shutil.rmtree(directory, ignore_errors=True)
+        scratch.replace(directory)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return written
+
+
+def _autoencoder(path: Path) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
+    """Weights, hash of their file, and how they were trained; of a run or of an earlier checkpoint."""
+    if (path / "manifest.json").is_file():
+        loaded = load_checkpoint(path)
+        weights = {key: value.half() if value.is_floating_point() else value
+                   for key, value in loaded.autoencoder.state_dict().items()}  # fmt: skip
+        summary = loaded.manifest.training.get("autoencoder", {})
+        return weights, loaded.manifest.files["autoencoder.safetensors"].sha256, summary
+    result = load_result(path, part="autoencoder")
+    return result.weights, result.about["sha256"], _run_summary(result)
+
+
+def _verify(directory: Path, autoencoder: dict[str, Tensor], denoiser: dict[str, Tensor]) -> None:
+    loaded = load_checkpoint(directory)
+    for module, weights in ((loaded.autoencoder, autoencoder), (loaded.denoiser, denoiser)):
+        for name, value in module.state_dict().items():
+            if not torch.equal(value, weights[name].to(value.dtype)):
+                raise TrainingError(f"weight {name} is not the same after saving and loading")
+
+
+def _manifest(
+    name: str,
+    licence: str,
+    config: ModelConfig,
+    data: DataConfig,
+    clips: list[dict[str, Any]],
+    training: dict[str, Any],
+    sampling: Sampling,
+    metrics: dict[str, Any],
+) -> Manifest:
+    conditions: list[dict[str, str]] = []
+    for clip in clips:
+        condition = {key: clip[column] for key, column in data.condition_columns.items()}
+        if condition not in conditions:
+            conditions.append(condition)
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        name=name,
+        description=(
+            f"Lung ultrasound clips of {data.num_frames} frames, {data.width}x{data.height} pixels, "
+            f"{data.target_fps:g} frames a second, by finding and probe. Trained on {len(clips)} clips."
+        ),
+        modality="US",
+        intended_use=INTENDED_USE,
+        licence=licence,
+        created_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        labels=describe_labels(conditions),
+        limits=Limits(
+            sizes=((data.width, data.height),),
+            num_frames=(data.num_frames,),
+            fps=data.target_fps,
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.guidance_scale,
+            samplers=sampling.samplers,
+        ),
+        training_data=training_data_entries(clips),
+        training=training,
+        metrics=metrics,
+    )
+
+
+def _run_summary(result: RunResult) -> dict[str, Any]:
+    loop = result.config.loop
+    summary = {
+        key: result.about[key] for key in ("step", "seconds", "is_finished", "device", "torch", "parameters", "windows")
+    }
+    return {
+        "recipe": result.config.recipe,
+        **summary,
+        "batch_size": loop.batch_size,
+        "learning_rate": result.config.optimizer.learning_rate,
+        "seed": loop.seed,
+        "ema_decay": loop.ema_decay,
+        "precision": loop.precision,
+        "metrics": result.about["metrics"],
+    }

@@ -1,0 +1,117 @@
+"""Named training runs: functions that return a complete :class:`~training.config.TrainConfig`. Torch-free.
+
+``*_small`` make the shipped lung-ultrasound checkpoint; ``*_tiny`` run in seconds on a CPU, for tests.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from medsora.config import ModelConfig
+from medsora.presets import preset
+from training.config import DataConfig, LoopConfig, OptimizerConfig, TrainConfig
+
+__all__ = [
+    "RECIPES",
+    "autoencoder_small",
+    "autoencoder_tiny",
+    "denoiser_small",
+    "denoiser_tiny",
+    "recipe",
+]
+
+LUNG_CONDITIONS = {
+    "finding": ("regular", "covid", "viral", "pneumonia"),
+    "probe": ("convex", "linear"),
+}
+LUNG_DATA = DataConfig(
+    dataset="lung_ultrasound",
+    excluded_labels=("uncertain",),
+    condition_columns={"finding": "label", "probe": "probe"},
+)
+
+
+def _model(name: str) -> ModelConfig:
+    return preset(name, LUNG_CONDITIONS)
+
+
+def autoencoder_small() -> TrainConfig:
+    """Lung-ultrasound autoencoder of the ``small`` preset, for one GPU."""
+    return TrainConfig(
+        recipe="autoencoder_small",
+        part="autoencoder",
+        model=_model("small"),
+        # the codec should know every clip equally well, whatever its label
+        data=replace(LUNG_DATA, sampling_exponent=0.75),
+        optimizer=OptimizerConfig(learning_rate=6e-4, betas=(0.9, 0.99), warmup_steps=300),
+        loop=LoopConfig(
+            steps=20_000, batch_size=32, ema_decay=0.998, compile=True, evaluate_every=2000, checkpoint_every=2000
+        ),
+    )
+
+
+def denoiser_small() -> TrainConfig:
+    """Lung-ultrasound denoiser of the ``small`` preset, for one GPU; needs the autoencoder's run."""
+    return TrainConfig(
+        recipe="denoiser_small",
+        part="denoiser",
+        model=_model("small"),
+        data=LUNG_DATA,
+        optimizer=OptimizerConfig(learning_rate=1e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=500),
+        loop=LoopConfig(
+            steps=30_000, batch_size=512, ema_decay=0.9995, compile=True, evaluate_every=2000, checkpoint_every=5000
+        ),
+    )
+
+
+TINY_LOOP = LoopConfig(
+    steps=30,
+    batch_size=2,
+    precision="fp32",
+    ema_decay=0.9,
+    log_every=10,
+    checkpoint_every=10,
+    evaluate_every=30,
+)
+TINY_DATA = replace(LUNG_DATA, height=32, width=32, window_step=4, test_window_step=16)
+
+
+def autoencoder_tiny() -> TrainConfig:
+    """The same at 32x32 pixels with the ``tiny`` preset and no perceptual term: seconds on a CPU."""
+    small = autoencoder_small()
+    return replace(
+        small,
+        recipe="autoencoder_tiny",
+        model=_model("tiny"),
+        data=TINY_DATA,
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=5),
+        loop=TINY_LOOP,
+        autoencoder_loss=replace(small.autoencoder_loss, perceptual=0.0),
+    )
+
+
+def denoiser_tiny() -> TrainConfig:
+    """The same at 32x32 pixels with the ``tiny`` preset: seconds on a CPU."""
+    return replace(
+        denoiser_small(),
+        recipe="denoiser_tiny",
+        model=_model("tiny"),
+        data=TINY_DATA,
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=5),
+        loop=replace(TINY_LOOP, batch_size=4),
+    )
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    function.__name__: function for function in (autoencoder_small, denoiser_small, autoencoder_tiny, denoiser_tiny)
+}
+
+
+def recipe(name: str) -> TrainConfig:
+    """The recipe called ``name``.
+
+    Raises:
+        ValueError: No recipe is called so; the message lists them.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
+    return RECIPES[name]()

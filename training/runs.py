@@ -1,0 +1,281 @@
+"""Puts a run together from its configuration, and keeps what it made: the averaged weights and how they came.
+
+A run's folder holds ``checkpoints/`` (to resume), ``log.jsonl``, and after every leg ``result/``:
+``weights.safetensors`` (float16, the precision that is shipped) and ``result.json``.
+"""
+
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from medsora.checkpoint import load_checkpoint
+from medsora.config import ModelConfig
+from medsora.jsonconfig import from_json, to_json
+from medsora.models.autoencoder import VideoAutoencoder
+from medsora.models.denoiser import Denoiser
+from training.checkpointing import sha256_of
+from training.config import DataConfig, TrainConfig, config_hash
+from training.data.clips import ClipSet, load_clips
+from training.data.latents import LatentSet, latent_statistics, load_or_encode
+from training.data.manifest import read_clip_table, select_clips
+from training.errors import TrainingError
+from training.squeezenet import SqueezeNet
+from training.tasks import AutoencoderTask, DenoiserTask
+from training.trainer import TrainResult, step_seed, train
+
+__all__ = [
+    "RunResult",
+    "load_autoencoder",
+    "load_denoiser_weights",
+    "load_result",
+    "load_split",
+    "train_autoencoder",
+    "train_denoiser",
+]
+
+RESULT = "result"
+ENCODE_BATCH = 64
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RunResult:
+    """What a run made."""
+
+    config: TrainConfig
+    weights: dict[str, Tensor]
+    """Averaged weights, float16 where they are floats."""
+    about: dict[str, Any]
+    """Steps, seconds, device, versions, metrics, clips."""
+
+
+def load_split(
+    table: Path, data: DataConfig, model: ModelConfig, split: str, *, device: torch.device, step: int | None = None
+) -> ClipSet:
+    """Decode one split of the data set that a recipe names.
+
+    Args:
+        table: ``clips.csv``; the clips lie beside it.
+        step: Distance between window starts; default the recipe's for that split.
+    """
+    records = select_clips(
+        read_clip_table(table), dataset=data.dataset, split=split, excluded_labels=data.excluded_labels
+    )
+    usual = data.window_step if split == "train" else data.test_window_step
+    return load_clips(
+        records,
+        root=table.parent,
+        num_frames=data.num_frames,
+        height=data.height,
+        width=data.width,
+        target_fps=data.target_fps,
+        condition_columns=tuple(data.condition_columns.values()),
+        condition_names=tuple(model.condition_names.values()),
+        step=usual if step is None else step,
+        device=device,
+    )
+
+
+def train_autoencoder(
+    config: TrainConfig,
+    directory: Path,
+    *,
+    table: Path,
+    squeezenet: SqueezeNet | None,
+    device: torch.device,
+    initial: dict[str, Tensor] | None = None,
+    is_resuming: bool = False,
+    time_budget_s: float | None = None,
+    started: float | None = None,
+    report: Report = print,
+) -> TrainResult:
+    """Train an autoencoder, store its latent statistics in it, write ``result/``.
+
+    Args:
+        initial: Weights to start from instead of random ones.
+        time_budget_s, started: As in :func:`training.trainer.train`.
+    """
+    _require_part(config, "autoencoder")
+    splits = {name: load_split(table, config.data, config.model, name, device=device) for name in ("train", "test")}
+    _report_splits(splits, report)
+    torch.manual_seed(step_seed(config.loop.seed, -1))
+    model = VideoAutoencoder(config.model.autoencoder).to(device)
+    _start_from(model, initial)
+    task = AutoencoderTask(config, model, splits["train"], splits["test"], squeezenet)
+    result = train(
+        task, config, directory, device=device, is_resuming=is_resuming, time_budget_s=time_budget_s,
+        started=started, report=report,
+    )  # fmt: skip
+    average = cast(VideoAutoencoder, result.average)
+    mean, scale = latent_statistics(average, splits["train"], batch_size=ENCODE_BATCH)
+    average.latent_mean.copy_(mean)
+    average.latent_scale.copy_(scale)
+    _save_result(directory, config, result, splits["train"], device)
+    return result
+
+
+def train_denoiser(
+    config: TrainConfig,
+    directory: Path,
+    *,
+    table: Path,
+    autoencoder: Path,
+    device: torch.device,
+    initial: dict[str, Tensor] | None = None,
+    is_resuming: bool = False,
+    time_budget_s: float | None = None,
+    started: float | None = None,
+    report: Report = print,
+) -> TrainResult:
+    """Encode the clips, train a denoiser on the latents, write ``result/``.
+
+    Args:
+        autoencoder: Folder of a finished autoencoder run, or a checkpoint directory.
+    """
+    _require_part(config, "denoiser")
+    coder, digest = load_autoencoder(autoencoder)
+    if coder.config != config.model.autoencoder:
+        raise TrainingError(
+            f"the autoencoder in {autoencoder} has another shape than the recipe's: {coder.config} "
+            f"against {config.model.autoencoder}"
+        )
+    coder = coder.to(device).eval().requires_grad_(False)
+    latents: dict[str, LatentSet] = {}
+    splits: dict[str, ClipSet] = {}
+    for name in ("train", "test"):
+        splits[name] = load_split(table, config.data, config.model, name, device=device)
+        key = config_hash({
+            "autoencoder": digest, "data": to_json(config.data), "split": name,
+            "clips": [to_json(record) for record in splits[name].records],
+        })  # fmt: skip
+        latents[name] = load_or_encode(
+            directory / f"latents-{name}.safetensors",
+            key=key,
+            autoencoder=coder,
+            clips=splits[name],
+            has_flips=config.data.has_flips and name == "train",
+            batch_size=ENCODE_BATCH,
+        )
+    _report_splits(splits, report)
+    shape = tuple(latents["train"].latents.shape[1:])
+    report(f"latents: {len(latents['train'])} train, {len(latents['test'])} test, {shape}")
+    torch.manual_seed(step_seed(config.loop.seed, -1))
+    model = Denoiser(config.model.denoiser).to(device)
+    _start_from(model, initial)
+    task = DenoiserTask(config, model, latents["train"], latents["test"])
+    result = train(
+        task, config, directory, device=device, is_resuming=is_resuming, time_budget_s=time_budget_s,
+        started=started, report=report,
+    )  # fmt: skip
+    _save_result(directory, config, result, splits["train"], device, {"autoencoder_sha256": digest})
+    return result
+
+
+def load_autoencoder(path: Path) -> tuple[VideoAutoencoder, str]:
+    """The autoencoder of a run folder or of a checkpoint directory, and the hash of its weight file."""
+    if (path / RESULT).is_dir():
+        made = load_result(path, part="autoencoder")
+        coder = VideoAutoencoder(made.config.model.autoencoder)
+        coder.load_state_dict(made.weights)
+        return coder.eval(), sha256_of(path / RESULT / "weights.safetensors")
+    if (path / "manifest.json").is_file():
+        return load_checkpoint(path).autoencoder, sha256_of(path / "autoencoder.safetensors")
+    raise TrainingError(f"{path} is neither the folder of an autoencoder run (no {RESULT}/) nor a checkpoint")
+
+
+def load_denoiser_weights(path: Path) -> dict[str, Tensor]:
+    """Denoiser weights of a run folder or of a checkpoint directory, e.g. to start another run from."""
+    if (path / RESULT).is_dir():
+        return load_result(path, part="denoiser").weights
+    return load_checkpoint(path).denoiser.state_dict()
+
+
+def load_result(directory: Path, *, part: str) -> RunResult:
+    """What the run in ``directory`` made.
+
+    Raises:
+        TrainingError: No result there, a damaged one, or one of the other part.
+    """
+    folder = directory / RESULT
+    try:
+        about = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        config = from_json(TrainConfig, about.pop("config"), where=f"{folder}/result.json")
+        digest = sha256_of(folder / "weights.safetensors")
+        weights = load_file(folder / "weights.safetensors")
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise TrainingError(f"{directory} holds no usable result: {error}") from error
+    if digest != about.get("sha256"):
+        raise TrainingError(f"{folder}/weights.safetensors does not have the hash that result.json says")
+    if config.part != part:
+        raise TrainingError(f"{directory} is the run of a {config.part}, not of a {part}")
+    return RunResult(config=config, weights=weights, about=about)
+
+
+def _save_result(
+    directory: Path,
+    config: TrainConfig,
+    result: TrainResult,
+    train_clips: ClipSet,
+    device: torch.device,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    folder = directory / RESULT
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: (value.half() if value.is_floating_point() else value).detach().cpu().contiguous()
+        for name, value in result.average.state_dict().items()
+    }
+    broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise TrainingError(f"weights do not fit float16: {', '.join(broken[:5])}")
+    temporary = folder / "weights.safetensors.tmp"
+    save_file(tensors, temporary)
+    about = {
+        "config": to_json(config),
+        "sha256": sha256_of(temporary),
+        "step": result.step,
+        "seconds": round(result.seconds, 1),
+        "is_finished": result.is_finished,
+        "metrics": result.metrics,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
+        "torch": torch.__version__,
+        "parameters": sum(parameter.numel() for parameter in result.average.parameters()),
+        "windows": len(train_clips),
+        "clips": [to_json(record) for record in train_clips.records],
+        **(extra or {}),
+    }
+    temporary.replace(folder / "weights.safetensors")
+    (folder / "result.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+
+def _start_from(model: nn.Module, initial: dict[str, Tensor] | None) -> None:
+    if initial is None:
+        return
+    try:
+        model.load_state_dict(
+            {name: value.float() if value.is_floating_point() else value for name, value in initial.items()}
+        )
+    except RuntimeError as error:
+        raise TrainingError(f"the weights to start from do not fit the recipe: {error}") from error
+
+
+def _require_part(config: TrainConfig, part: str) -> None:
+    if config.part != part:
+        raise TrainingError(f"{config.recipe} is a recipe for the {config.part}, not for the {part}")
+
+
+def _report_splits(splits: dict[str, ClipSet], report: Report) -> None:
+    for name, clips in splits.items():
+        values, counts = torch.unique(clips.conditions, dim=0, return_counts=True)
+        by_condition = ", ".join(
+            f"{tuple(value)}: {count}" for value, count in zip(values.tolist(), counts.tolist(), strict=True)
+        )
+        report(f"{name}: {len(clips.records)} clips, {len(clips.frames)} frames, {len(clips)} windows ({by_condition})")

@@ -1,0 +1,216 @@
+"""The two things the loop can train: the autoencoder on pixels, the denoiser on cached latents.
+
+A task owns its network, its data on the device and its loss; :mod:`training.trainer` knows nothing of either.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from medsora.geometry import latent_shape
+from medsora.models.autoencoder import VideoAutoencoder
+from medsora.models.denoiser import Denoiser
+from medsora.video_io import from_uint8
+from training.config import TrainConfig
+from training.data.clips import ClipSet, index_batches, sampling_weights
+from training.data.latents import LatentSet
+from training.errors import TrainingError
+from training.metrics import Reconstruction, measure_reconstruction
+from training.objective import (
+    draw_flow_sample,
+    flow_matching_loss,
+    focal_frequency_loss,
+    kl_divergence,
+    perceptual_distance,
+    sample_posterior,
+)
+from training.squeezenet import SqueezeNet
+
+__all__ = ["AutoencoderTask", "DenoiserTask", "Task", "reconstruct"]
+
+Forward = Callable[..., Tensor | tuple[Tensor, ...]]
+EVALUATION_BATCH = 32
+
+
+class Task(Protocol):
+    """What the training loop asks of a task."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The network whose parameters are trained."""
+
+    def compile(self) -> None:
+        """Compile the network's forward pass from now on."""
+
+    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Draw a batch, return the loss to minimise and its parts (detached) for the log."""
+
+    def evaluate(self, average: nn.Module) -> dict[str, float]:
+        """Figures of the averaged network on the test split."""
+
+
+class AutoencoderModule(nn.Module):
+    """The autoencoder's training pass as one module, so that it compiles as one graph."""
+
+    def __init__(self, autoencoder: VideoAutoencoder) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean, logvar = self.autoencoder.posterior(video)
+        z = sample_posterior(mean.float(), logvar.float(), noise)
+        return self.autoencoder.decode_z(z), mean, logvar
+
+
+@dataclass
+class AutoencoderTask:
+    """Reconstruct windows of pixels."""
+
+    config: TrainConfig
+    model: VideoAutoencoder
+    train: ClipSet
+    test: ClipSet
+    squeezenet: SqueezeNet | None
+    """Needed unless ``autoencoder_loss.perceptual`` is 0."""
+
+    def __post_init__(self) -> None:
+        if self.config.autoencoder_loss.perceptual > 0 and self.squeezenet is None:
+            raise TrainingError(
+                "autoencoder_loss.perceptual is above 0: name the SqueezeNet weights with --squeezenet, "
+                "or set autoencoder_loss.perceptual=0"
+            )
+        self._forward: Forward = AutoencoderModule(self.model)
+        self._weights = sampling_weights(self.train.conditions, self.config.data.sampling_exponent)
+
+    def compile(self) -> None:
+        self._forward = cast(Forward, torch.compile(AutoencoderModule(self.model), dynamic=False))
+
+    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        weights, size = self.config.autoencoder_loss, self.config.loop.batch_size
+        indices = torch.multinomial(self._weights, size, replacement=True, generator=generator)
+        flips = torch.rand(size, generator=generator, device=generator.device) < (0.5 * self.config.data.has_flips)
+        video = from_uint8(self.train.gather(indices, flips))
+        noise = torch.randn(self._latent_shape(video), generator=generator, device=generator.device)
+        reconstruction, mean, logvar = self._forward(video, noise)
+        reconstruction = reconstruction.float()
+        parts = {
+            "l1": F.l1_loss(reconstruction, video),
+            "mse": F.mse_loss(reconstruction, video),
+            "focal_frequency": focal_frequency_loss(reconstruction, video),
+            "kl": kl_divergence(mean, logvar),
+        }
+        if self.squeezenet is not None and weights.perceptual > 0:
+            parts["perceptual"] = self._perceptual(self.squeezenet, reconstruction, video, generator)
+        total = torch.stack([getattr(weights, name) * part for name, part in parts.items()]).sum()
+        return total, {name: part.detach() for name, part in parts.items()}
+
+    def _latent_shape(self, video: Tensor) -> tuple[int, ...]:
+        return (len(video), self.model.config.latent_channels, *latent_shape(*video.shape[2:]))
+
+    def _perceptual(
+        self, network: SqueezeNet, reconstruction: Tensor, video: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Perceptual distance of some frames of every clip."""
+        b, _, f, _, _ = video.shape
+        count = min(self.config.autoencoder_loss.perceptual_frames, f)
+        order = torch.rand(b, f, generator=generator, device=generator.device).argsort(dim=1)[:, :count]
+        rows = torch.arange(b, device=video.device)[:, None]
+
+        def frames(clip: Tensor) -> Tensor:
+            chosen = rearrange(clip, "b c f h w -> b f c h w")[rows, order]
+            return rearrange(chosen, "b n c h w -> (b n) c h w").contiguous(memory_format=torch.channels_last)
+
+        with torch.no_grad():
+            target = network.taps(frames(video))
+        return perceptual_distance(network.taps(frames(reconstruction)), target)
+
+    def evaluate(self, average: nn.Module) -> dict[str, float]:
+        autoencoder = cast(VideoAutoencoder, average)
+        result = reconstruct(autoencoder, self.test)
+        return {
+            "psnr_db": result.psnr_db,
+            "ssim": result.ssim,
+            "high_frequency_ratio": result.high_frequency_ratio,
+        }
+
+
+def reconstruct(autoencoder: VideoAutoencoder, clips: ClipSet) -> Reconstruction:
+    """Encode and decode every window of ``clips`` and compare.
+
+    Args:
+        autoencoder: In evaluation mode.
+    """
+    return measure_reconstruction(
+        lambda video: autoencoder.decode(autoencoder.encode(video)), clips, batch_size=EVALUATION_BATCH
+    )
+
+
+class DenoiserTask:
+    """Predict velocities on cached latents.
+
+    Args:
+        train, test: Latents on the training device.
+    """
+
+    def __init__(self, config: TrainConfig, model: Denoiser, train: LatentSet, test: LatentSet) -> None:
+        self.config, self._model, self.train, self.test = config, model, train, test
+        self._forward: Forward = model
+        self._weights = sampling_weights(train.conditions, config.data.sampling_exponent)
+
+    @property
+    def model(self) -> Denoiser:
+        return self._model
+
+    def compile(self) -> None:
+        self._forward = cast(Forward, torch.compile(self._model, dynamic=False))
+
+    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        settings = self.config.denoiser_loss
+        indices = torch.multinomial(self._weights, self.config.loop.batch_size, replacement=True, generator=generator)
+        sample = draw_flow_sample(
+            self.train.latents[indices].float(),
+            self.train.conditions[indices],
+            null_condition=self._model.config.null_condition,
+            time_mean=settings.time_mean,
+            time_std=settings.time_std,
+            label_dropout=settings.label_dropout,
+            generator=generator,
+        )
+        velocity = cast(Tensor, self._forward(sample.noisy, sample.t, sample.condition))
+        loss = flow_matching_loss(velocity, sample.target)
+        return loss, {"velocity_mse": loss.detach()}
+
+    @torch.no_grad()
+    def evaluate(self, average: nn.Module) -> dict[str, float]:
+        """Loss on both splits with the same noise and times every time it is asked."""
+        return {
+            f"{name}_velocity_mse": self._fixed_loss(average, latents)
+            for name, latents in (("train", self.train), ("test", self.test))
+        }
+
+    def _fixed_loss(self, network: nn.Module, data: LatentSet) -> float:
+        settings, device = self.config.denoiser_loss, data.latents.device
+        generator = torch.Generator(device).manual_seed(0)
+        count = min(len(data), 256)
+        # evenly over all windows: neighbours in the list are nearly the same clip
+        indices = torch.linspace(0, len(data) - 1, count, device=device).long()
+        losses = []
+        for rows in index_batches(count, EVALUATION_BATCH, device):
+            part = indices[rows]
+            sample = draw_flow_sample(
+                data.latents[part].float(),
+                data.conditions[part],
+                null_condition=self._model.config.null_condition,
+                time_mean=settings.time_mean,
+                time_std=settings.time_std,
+                label_dropout=0.0,
+                generator=generator,
+            )
+            velocity = network(sample.noisy, sample.t, sample.condition)
+            losses.append(flow_matching_loss(velocity, sample.target) * len(part))
+        return float(torch.stack(losses).sum() / count)
