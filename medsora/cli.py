@@ -1,0 +1,340 @@
+"""The ``medsora`` command: generate a clip here, without a server, and show what a checkpoint is.
+
+Torch is loaded by ``generate`` alone, so that ``info`` and ``--help`` answer at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+
+from medsora import __version__
+from medsora.errors import CheckpointError, MedsoraError, RequestError, VideoError
+from medsora.jsonconfig import to_json
+from medsora.manifest import Manifest, find_checkpoint, list_checkpoints, read_manifest
+from medsora.request import GenerationRequest, random_seed, resolve_request
+
+__all__ = ["app", "main"]
+
+SYNTHETIC_NOTE = "Synthetic video made by a generative model; shows no patient. For research, not for diagnosis."
+MAX_HEADER_BYTES = 10 * 2**20
+ABOUT_FIELDS = ("description", "modality", "intended_use", "licence", "created_at")
+
+app = typer.Typer(
+    name="medsora",
+    help="Generate synthetic medical video on this machine, and look into checkpoints.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Run the command line; exits with 2 for what was asked wrongly, 1 for what failed."""
+    app()
+
+
+@contextmanager
+def _errors_as_one_line() -> Iterator[None]:
+    """Show expected errors as a line on stderr instead of a traceback."""
+    try:
+        yield
+    except MedsoraError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"error: {error}")
+        raise typer.Exit(2) from error
+    except OSError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"error: {error}")
+        raise typer.Exit(1) from error
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"medsora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Generate synthetic medical video on this machine, and look into checkpoints."""
+
+
+def _default_checkpoint() -> str:
+    names = list_checkpoints()
+    if len(names) != 1:
+        raise CheckpointError(f"name a checkpoint: a directory, or one of: {', '.join(names) or '(none shipped)'}")
+    return names[0]
+
+
+@app.command()
+def generate(
+    label: Annotated[str, typer.Option(help="What to show: a label of the checkpoint, or one of its synonyms.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write: .mp4, or .mkv with --lossless.")],
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same clip. Default: a random one.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="A directory, or the name of a shipped checkpoint.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the sampler. Default: the checkpoint's.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale; 1 is none. Default: the checkpoint's.")
+    ] = None,
+    sampler: Annotated[str | None, typer.Option(help="Default: the checkpoint's.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Length in frames. Default: the checkpoint's.")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels. Default: the checkpoint's.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    lossless: Annotated[bool, typer.Option("--lossless", help="Write FFV1 in Matroska, exact to the bit.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+) -> None:
+    """Generate one clip and write it to a file."""
+    with _errors_as_one_line():
+        _check_output(output, lossless=lossless, force=force)
+        directory = find_checkpoint(checkpoint or _default_checkpoint())
+        manifest = read_manifest(directory)
+        width, height = _parse_size(size)
+        request = resolve_request(
+            manifest,
+            label=label,
+            seed=random_seed() if seed is None else seed,
+            num_frames=frames,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            sampler=sampler,
+        )
+        seconds = _generate_to_file(directory, manifest, request, output, device=device, lossless=lossless)
+        Console().print(_settings_table(manifest, request, seconds, output))
+
+
+def _check_output(output: Path, *, lossless: bool, force: bool) -> None:
+    """Refuse before the sampling what could not be written after it."""
+    wanted = ".mkv" if lossless else ".mp4"
+    if output.suffix.lower() != wanted:
+        kind = "lossless video" if lossless else "MP4 (or give --lossless)"
+        raise VideoError(f"{output}: the name must end with {wanted} for {kind}")
+    if output.exists() and not force:
+        raise VideoError(f"{output} exists already; give --force to overwrite it")
+    if not output.parent.is_dir():
+        raise VideoError(f"{output}: its folder does not exist")
+
+
+def _parse_size(size: str | None) -> tuple[int | None, int | None]:
+    if size is None:
+        return None, None
+    width, separator, height = size.partition("x")
+    if not (separator and width.isascii() and width.isdigit() and height.isascii() and height.isdigit()):
+        raise RequestError("size", f"{size[:40]!r} is no WIDTHxHEIGHT such as 128x128")
+    return int(width), int(height)
+
+
+def _generate_to_file(
+    directory: Path, manifest: Manifest, request: GenerationRequest, output: Path, *, device: str, lossless: bool
+) -> dict[str, float]:
+    """Sample and write; returns the seconds that each part took, by name."""
+    try:
+        from medsora.pipeline import VideoPipeline
+        from medsora.video_io import write_ffv1, write_mp4
+    except ModuleNotFoundError as error:
+        raise MedsoraError(f"generating needs the package {error.name}: pip install 'medsora[model]'") from error
+    started = time.perf_counter()
+    pipeline = VideoPipeline.from_checkpoint(directory, device=device)
+    loaded = time.perf_counter()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("sampling", total=request.num_inference_steps)
+        clip = pipeline([request], on_step=lambda done, total: progress.update(task, completed=done, total=total))[0]
+    sampled = time.perf_counter()
+    write = write_ffv1 if lossless else write_mp4
+    # A hidden folder beside the file: renaming within one file system is atomic, and nothing partial is left.
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".medsora-") as scratch:
+        partial = Path(scratch) / output.name
+        write(partial, clip, fps=manifest.limits.fps, metadata=_file_metadata(manifest, request))
+        partial.replace(output)
+    written = time.perf_counter()
+    return {"load": loaded - started, "sample and decode": sampled - loaded, "write": written - sampled}
+
+
+def _file_metadata(manifest: Manifest, request: GenerationRequest) -> dict[str, str]:
+    """Say in the file that it is synthetic, and everything needed to make it again."""
+    settings = {"checkpoint": manifest.name, "medsora": __version__, **to_json(request)}
+    return {
+        "title": f"Synthetic video: {request.label}",
+        "comment": SYNTHETIC_NOTE,
+        "description": json.dumps(settings, sort_keys=True),
+    }
+
+
+def _settings_table(manifest: Manifest, request: GenerationRequest, seconds: dict[str, float], output: Path) -> Table:
+    parts = ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
+    return _pairs_table(
+        [
+            ("file", str(output)),
+            ("checkpoint", manifest.name),
+            ("label", request.label),
+            ("seed", str(request.seed)),
+            ("video", f"{request.num_frames} frames, {request.width}x{request.height}, {manifest.limits.fps:g}/s"),
+            ("sampler", f"{request.sampler}, {request.num_inference_steps} steps"),
+            ("guidance", f"{request.guidance_scale:g}"),
+            ("seconds", f"{sum(seconds.values()):.2f} ({parts})"),
+        ]
+    )
+
+
+@app.command()
+def info(
+    checkpoint: Annotated[str | None, typer.Argument(help="A directory, or the name of a shipped checkpoint.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    training_data: Annotated[
+        bool, typer.Option("--training-data", help="List every training clip with licence and attribution.")
+    ] = False,
+) -> None:
+    """Show a checkpoint: labels, limits, files and whether they are unaltered, figures, licences."""
+    with _errors_as_one_line():
+        directory = find_checkpoint(checkpoint or _default_checkpoint())
+        manifest = read_manifest(directory)
+        files = {name: _describe_file(directory, manifest, name) for name in sorted(manifest.files)}
+        if as_json:
+            manifest_hash = hashlib.sha256((directory / "manifest.json").read_bytes()).hexdigest()
+            shown = {"directory": str(directory), "manifest_sha256": manifest_hash, "files_found": files}
+            typer.echo(json.dumps({**shown, **to_json(manifest)}, indent=2))
+        else:
+            _print_manifest(manifest, directory, files, training_data=training_data)
+        bad = [name for name, found in files.items() if found["state"] != "ok"]
+        if bad:
+            raise CheckpointError(f"{directory}: missing or altered: {', '.join(bad)}")
+
+
+def _describe_file(directory: Path, manifest: Manifest, name: str) -> dict[str, Any]:
+    """Compare a file with what the manifest says of it; count the values in it when it holds weights."""
+    record = manifest.files[name]
+    path = directory / name
+    found: dict[str, Any] = {"size_bytes": record.size_bytes, "sha256": record.sha256}
+    if not path.is_file():
+        return {**found, "state": "missing"}
+    with path.open("rb") as file:
+        unaltered = hashlib.file_digest(file, "sha256").hexdigest() == record.sha256
+    found["state"] = "ok" if unaltered else "altered"
+    if unaltered and path.suffix == ".safetensors":
+        found["values"] = _count_values(path)
+    return found
+
+
+def _count_values(path: Path) -> int:
+    """Number of values in a safetensors file, from its header alone."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > MAX_HEADER_BYTES:
+                raise CheckpointError(f"{path}: its header exceeds {MAX_HEADER_BYTES} bytes")
+            header = json.loads(file.read(length))
+            return sum(math.prod(entry["shape"]) for key, entry in header.items() if key != "__metadata__")
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} has no valid safetensors header") from error
+
+
+def _pairs_table(rows: Iterable[tuple[str, str]]) -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def _print_manifest(
+    manifest: Manifest, directory: Path, files: dict[str, dict[str, Any]], *, training_data: bool
+) -> None:
+    # markup off: names in a checkpoint are data, and may hold square brackets
+    console = Console(markup=False, highlight=False)
+    about = [(name.replace("_", " "), getattr(manifest, name)) for name in ABOUT_FIELDS]
+    sections = {
+        manifest.name: _pairs_table([*about, ("directory", str(directory))]),
+        "labels": _labels_table(manifest),
+        "limits": _limits_table(manifest),
+        "files": _files_table(files),
+    }
+    if manifest.metrics:
+        sections["metrics"] = _pairs_table(_flatten(manifest.metrics))
+    if manifest.training:
+        sections["training"] = _pairs_table(_flatten(manifest.training))
+    if manifest.training_data and training_data:
+        sections["training data"] = _training_data_table(manifest)
+    elif manifest.training_data:
+        sections["training data (every clip: --training-data)"] = _licences_table(manifest)
+    for title, table in sections.items():
+        console.print(f"\n{title}", style="bold underline")
+        console.print(table)
+
+
+def _labels_table(manifest: Manifest) -> Table:
+    table = Table("label", "also called", "condition", "description")
+    for label in manifest.labels:
+        condition = ", ".join(f"{name}={value}" for name, value in label.condition.items())
+        table.add_row(label.name, ", ".join(label.synonyms), condition, label.description)
+    return table
+
+
+def _limits_table(manifest: Manifest) -> Table:
+    limits = manifest.limits
+    steps_low, steps_default, steps_high = limits.num_inference_steps
+    guidance_low, guidance_default, guidance_high = limits.guidance_scale
+    lengths = ", ".join(f"{count} frames = {manifest.seconds_for(count)} s" for count in limits.num_frames)
+    return _pairs_table(
+        [
+            ("size", ", ".join(f"{width}x{height}" for width, height in limits.sizes)),
+            ("length", f"{lengths} at {limits.fps:g} frames/s"),
+            ("steps", f"{steps_low} to {steps_high}, default {steps_default}"),
+            ("guidance", f"{guidance_low:g} to {guidance_high:g}, default {guidance_default:g}"),
+            ("sampler", ", ".join(limits.samplers)),
+        ]
+    )
+
+
+def _files_table(files: dict[str, dict[str, Any]]) -> Table:
+    table = Table("file", "bytes", "values", "SHA-256", "state")
+    for name, found in files.items():
+        values = f"{found['values']:,}" if "values" in found else ""
+        table.add_row(name, f"{found['size_bytes']:,}", values, found["sha256"][:16], found["state"])
+    return table
+
+
+def _training_data_table(manifest: Manifest) -> Table:
+    columns = ("file", "licence", "source", "attribution")
+    table = Table(*(Column(name, overflow="fold") for name in columns))
+    for clip in manifest.training_data:
+        table.add_row(*(clip.get(name, "") for name in columns))
+    return table
+
+
+def _licences_table(manifest: Manifest) -> Table:
+    counts = Counter(clip.get("licence", "not stated") for clip in manifest.training_data)
+    table = Table("licence", "clips")
+    for licence, count in sorted(counts.items()):
+        table.add_row(licence, str(count))
+    return table
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested JSON objects as dotted names with their values."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, float):
+            yield f"{prefix}{name}", f"{value:g}"
+        else:
+            yield f"{prefix}{name}", str(value)
