@@ -57,7 +57,7 @@ def random_seed() -> int:
 
 
 def _normalise(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.casefold()))
+    return " ".join(re.findall(r"[^\W_]+", text.casefold()))
 
 
 def resolve_label(manifest: Manifest, text: str) -> Label:

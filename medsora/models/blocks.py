@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from medsora.config import DenoiserConfig
 from medsora.models.scans import NUM_SPIRALS, inverse_order, spiral_order
-from medsora.ops import ssd
+from medsora.ops import at_least_float32, ssd
 
 __all__ = ["LocalAttention", "Mamba2", "SpatialMamba", "TemporalMamba"]
 
@@ -97,15 +97,15 @@ class Mamba2(nn.Module):
         x, B, C = torch.split(mixed, [self.d_inner, self.d_state, self.d_state], dim=-1)
         y = ssd(
             rearrange(x, "b l (k e) -> b l k e", e=self.headdim),
-            F.softplus(dt.float() + self.dt_bias.float()),
-            -torch.exp(self.A_log.float()),
+            F.softplus(at_least_float32(dt) + at_least_float32(self.dt_bias)),
+            -torch.exp(at_least_float32(self.A_log)),
             rearrange(B, "b l s -> b l 1 s"),
             rearrange(C, "b l s -> b l 1 s"),
             self.D,
             backend=backend,
         )
         gated = y.flatten(2) * F.silu(z)
-        scale = gated.float().square().mean(dim=-1, keepdim=True).add(1e-5).rsqrt()
+        scale = at_least_float32(gated).square().mean(dim=-1, keepdim=True).add(1e-5).rsqrt()
         return gated * scale.to(gated.dtype) * self.norm_gain.to(gated.dtype)
 
     def merge(self, scans: Float[Tensor, "... i"]) -> Float[Tensor, "... d"]:

@@ -5,8 +5,6 @@ Eight spirals (four corners, two turning directions), each walked both ways, are
 block i uses pair i mod 8. Torch-free.
 """
 
-from functools import cache
-
 __all__ = ["NUM_SPIRALS", "inverse_order", "spiral_order"]
 
 NUM_SPIRALS = 8
@@ -26,7 +24,6 @@ def _inward_spiral(rows: int, columns: int) -> list[tuple[int, int]]:
     return cells
 
 
-@cache
 def spiral_order(rows: int, columns: int, index: int) -> tuple[int, ...]:
     """Flat positions (row * columns + column) in the order a spiral visits them.
 

@@ -32,6 +32,11 @@ A_ = Float[Tensor, " k"]
 BC = Float[Tensor, "b l g s"]
 
 
+def at_least_float32(value: Tensor) -> Tensor:
+    """``value`` in float32, or float64 where it is that already: step sizes and decays bear no less."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
 def _decay_mask(log_decay: Float[Tensor, "... l"]) -> Float[Tensor, "... l l"]:
     """Matrix with exp(log_decay[j+1] + ... + log_decay[i]) at (i, j) for j <= i, zero above the diagonal.
 
@@ -68,7 +73,8 @@ def ssd_reference(x: X, dt: DT, A: A_, B: BC, C: BC, D: A_ | None = None) -> X:
 
 def ssd_dual(x: X, dt: DT, A: A_, B: BC, C: BC, D: A_ | None = None) -> X:
     """The masked matrix product, exact; memory and time grow with the square of length. See :func:`ssd`."""
-    decay = _decay_mask(rearrange(dt.float() * A.float(), "b l k -> b k l"))  # b k l l
+    dt, A = at_least_float32(dt), at_least_float32(A)
+    decay = _decay_mask(rearrange(dt * A, "b l k -> b k l"))  # b k l l
     scores = torch.einsum("blgs,bmgs->bglm", C, B)  # b g l l
     mixing = rearrange(decay, "b (g r) l m -> b g r l m", g=B.shape[2]) * scores[:, :, None]
     mixing = rearrange(mixing, "b g r l m -> b (g r) l m")
@@ -95,7 +101,7 @@ def ssd_chunked(x: X, dt: DT, A: A_, B: BC, C: BC, D: A_ | None = None, *, chunk
     xc, dtc, Bc, Cc = chunks(x), chunks(dt), chunks(B), chunks(C)
     inside = rearrange(ssd_dual(flat(x), flat(dt), A, flat(B), flat(C)), "(b n) ... -> b n ...", b=x.shape[0])
 
-    log_decay = (dtc.float() * A.float()).cumsum(dim=2)  # b n q k
+    log_decay = (at_least_float32(dtc) * at_least_float32(A)).cumsum(dim=2)  # b n q k
     to_end = (log_decay[:, :, -1:] - log_decay).exp() * dtc
     Bh, Ch = (repeat(v, "b n q g s -> b n q (g r) s", r=num_heads // v.shape[3]) for v in (Bc, Cc))
     added = torch.einsum("bnqk,bnqke,bnqks->bnkes", to_end.to(x.dtype), xc, Bh)
