@@ -147,7 +147,7 @@ def test_a_configuration_that_does_not_fit_is_refused(
 @pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b"\xff\xfe", b"[" * 100_000])
 def test_a_manifest_that_is_no_json_object_is_refused(copy: Path, content: bytes) -> None:
     (copy / "manifest.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match="manifest.json"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
         load_checkpoint(copy)
 
 

@@ -1,5 +1,7 @@
 """Spiral scan orders."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +16,7 @@ def test_every_spiral_visits_all_and_steps_to_neighbours_only(rows: int, columns
     order = spiral_order(rows, columns, index)
     assert sorted(order) == list(range(rows * columns))
     cells = [divmod(position, columns) for position in order]
-    for (r1, c1), (r2, c2) in zip(cells[:-1], cells[1:], strict=True):
+    for (r1, c1), (r2, c2) in pairwise(cells):
         assert abs(r1 - r2) + abs(c1 - c2) == 1
 
 
@@ -33,7 +35,7 @@ def test_released_gather_is_not_a_connected_walk() -> None:
     # the released code gathers with ranks; measured there: 0.55 to 0.66 of steps go to a neighbour
     order = inverse_order(spiral_order(6, 8, 0))
     cells = [divmod(position, 8) for position in order]
-    near = [abs(a[0] - b[0]) + abs(a[1] - b[1]) == 1 for a, b in zip(cells[:-1], cells[1:], strict=True)]
+    near = [abs(a[0] - b[0]) + abs(a[1] - b[1]) == 1 for a, b in pairwise(cells)]
     assert 0.5 < sum(near) / len(near) < 0.7
 
 
