@@ -1,0 +1,84 @@
+"""What others may rely on, and how the tree is laid out."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import medsora
+import server
+import training
+
+ROOT = Path(__file__).parents[2]
+# Alembic runs its own modules; importing them outside a migration fails.
+MODULES = sorted(
+    module.name
+    for package in (medsora, server, training)
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".")
+    if ".migrations." not in module.name
+)
+PUBLIC_NAMES = [
+    "BackendError",
+    "CheckpointError",
+    "GenerationCanceled",
+    "GenerationRequest",
+    "Manifest",
+    "MedsoraError",
+    "RequestError",
+    "VideoError",
+    "VideoPipeline",
+    "find_checkpoint",
+    "list_checkpoints",
+    "load_checkpoint",
+    "read_manifest",
+    "resolve_request",
+    "save_checkpoint",
+]
+
+
+def test_public_names_of_medsora() -> None:
+    assert medsora.__all__ == PUBLIC_NAMES
+    for name in medsora.__all__:
+        assert getattr(medsora, name).__module__.startswith("medsora.")
+    assert set(medsora.__all__) <= set(dir(medsora))
+
+
+def test_the_version_is_the_packages() -> None:
+    assert importlib.metadata.version("medsora") == medsora.__version__
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_listed_name_is_there(name: str) -> None:
+    module = importlib.import_module(name)
+    listed = getattr(module, "__all__", [])
+    assert len(set(listed)) == len(listed)
+    assert [entry for entry in listed if not hasattr(module, entry)] == []
+
+
+def tracked_files() -> list[Path]:
+    result = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        pytest.skip("not a git checkout")
+    return [Path(name) for name in result.stdout.splitlines()]
+
+
+def test_file_names_say_what_is_inside() -> None:
+    vague = {"common.py", "helpers.py", "misc.py", "util.py", "utils.py"}
+    assert [path for path in tracked_files() if path.name in vague] == []
+
+
+def test_folders_beside_the_packages_are_no_packages() -> None:
+    """With an __init__.py, anything started from the root would import our docker/ or docs/ as a package."""
+    tops = {path.parts[0] for path in tracked_files() if path.name == "__init__.py"}
+    assert tops == {"medsora", "server", "training"}
+
+
+def test_sources_are_ascii() -> None:
+    sources = [
+        path for path in tracked_files() if path.suffix in (".py", ".sh", ".toml", "") and (ROOT / path).is_file()
+    ]
+    assert [path for path in sources if not (ROOT / path).read_bytes().isascii()] == []
