@@ -1,0 +1,1 @@
+"""HTTP endpoints: they translate between HTTP and :mod:`server.jobs` and decide nothing."""

@@ -1,0 +1,49 @@
+"""What endpoints are given: one :class:`Services` a process, made when the application starts."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from server.checkpoints import Catalogue
+from server.jobs.database import Database
+from server.jobs.queue import JobQueue
+from server.jobs.repository import JobRepository
+from server.jobs.service import JobService
+from server.jobs.workers import WorkerRegistry
+from server.observability import HttpMetrics
+from server.settings import Settings
+from server.storage import ArtifactStore
+
+__all__ = ["JobServiceDep", "Services", "ServicesDep"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Services:
+    """Everything that endpoints use."""
+
+    settings: Settings
+    database: Database
+    catalogue: Catalogue
+    store: ArtifactStore
+    jobs: JobService
+    repository: JobRepository
+    workers: WorkerRegistry
+    probe_queue: JobQueue
+    """Connection of the readiness check alone."""
+    http_metrics: HttpMetrics
+
+
+def get_services(request: Request) -> Services:
+    """The services of this process."""
+    services: Services = request.app.state.services
+    return services
+
+
+def get_job_service(request: Request) -> JobService:
+    """The rules of jobs."""
+    return get_services(request).jobs
+
+
+ServicesDep = Annotated[Services, Depends(get_services)]
+JobServiceDep = Annotated[JobService, Depends(get_job_service)]

@@ -1,0 +1,206 @@
+"""The body of POST /v1/videos: multipart, urlencoded or JSON, to one checked set of fields.
+
+OpenAI's client sends every request as multipart and flattens ``extra_body`` into fields: lists arrive as
+``name[]``, objects as ``name[key]``. Servers of this kind also take ``extra_params`` or ``extra_body`` as JSON
+text. All of these end in the same fields here, and a field that cannot be honoured is refused by name.
+"""
+
+import json
+import re
+from typing import Annotated, Any
+
+from fastapi import Request
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from starlette.datastructures import UploadFile
+
+from server.api.handlers import first_problem
+from server.errors import RequestRefusedError, ServiceError
+from server.jobs.service import VideoOrder
+
+__all__ = ["CreateVideoFields", "read_order"]
+
+MAX_PARTS = 64
+MAX_FILES = 4
+_NESTED = ("extra_params", "extra_body")
+_SIZE = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object as it was written, so that a name given twice is seen, and ``{}`` is not ``[]``."""
+
+
+class UnsupportedMediaTypeError(ServiceError):
+    """The body is of a kind that is not read here."""
+
+    status_code = 415
+    kind = "invalid_request_error"
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+def _number_text(value: Any) -> Any:
+    """OpenAI writes seconds as text; clients also send the number."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_no_bool)]
+Real = Annotated[float, BeforeValidator(_no_bool)]
+
+
+class CreateVideoFields(BaseModel):
+    """Fields of a new video. What is allowed for a model is listed in GET /v1/models."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str = Field(description="Name or synonym of one of the model's labels, at most 32000 characters.")
+    model: str | None = Field(None, min_length=1, description="Name of a model; left out: the server's default.")
+    size: str | None = Field(None, description="Width and height in pixels, such as 128x128.")
+    seconds: Annotated[str, BeforeValidator(_number_text)] | None = Field(
+        None, description="Length of the video in seconds, as text or number."
+    )
+    seed: Whole | None = Field(
+        None, description="0 to 2**63-1. The same seed and fields give the same video; left out: drawn and told."
+    )
+    num_inference_steps: Whole | None = Field(None, description="Steps of the sampler.")
+    guidance_scale: Real | None = Field(None, description="Strength of classifier-free guidance; 1 is none.")
+    sampler: str | None = Field(None, description="Name of the sampler.")
+    width: Whole | None = Field(None, description="Pixels; together with height another way to say size.")
+    height: Whole | None = Field(None, description="Pixels; together with width another way to say size.")
+    num_frames: Whole | None = Field(None, description="Frames of the video; another way to say seconds.")
+    fps: Real | None = Field(None, description="Frames a second; only the model's own rate is possible.")
+    n: Whole | None = Field(None, ge=1, le=1, description="Number of videos; only 1.")
+    num_outputs_per_prompt: Whole | None = Field(None, ge=1, le=1, description="As n; only 1.")
+
+
+_UNSUPPORTED = {
+    "input_reference": "this server makes videos from a label alone, not from a picture or video",
+    "input_reference_url": "this server makes videos from a label alone, not from a picture or video",
+    "reference_url": "this server makes videos from a label alone, not from a picture or video",
+    "image": "this server makes videos from a label alone, not from a picture or video",
+    "video": "this server makes videos from a label alone, not from a picture or video",
+    "characters": "this server has no characters",
+    "negative_prompt": "the models are conditioned on labels and have no negative prompt",
+    "flow_shift": "the schedule of the sampler is fixed by the checkpoint",
+    "lora": "adapters cannot be loaded",
+    "quality": "there is one quality",
+    "user": "requests carry no user",
+    "metadata": "requests carry no metadata",
+    "return_stage_metrics": "stage times are in GET /metrics",
+    "remix_video_id": "videos cannot be remixed",
+    "stream": "answers are not streamed; ask for the video again until it is completed",
+}
+"""Fields known from OpenAI or servers of this kind -> why they are refused."""
+
+
+async def read_order(request: Request) -> VideoOrder:
+    """Read and check the body.
+
+    Raises:
+        ServiceError: It is of no known type, cannot be parsed, or has a field that is unknown, given twice,
+            of a wrong type, or cannot be honoured. The error names the field.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "application/json":
+        pairs = _json_pairs(await request.body())
+    elif kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        pairs = await _form_pairs(request)
+    else:
+        message = f"content-type: {kind[:80]!r} is not read here; allowed: multipart/form-data, application/json"
+        raise UnsupportedMediaTypeError(message, param="content-type", code="unsupported_media_type")
+    fields = _collect(pairs)
+    try:
+        checked = CreateVideoFields.model_validate(fields)
+    except ValidationError as error:
+        param, message = first_problem([dict(entry) for entry in error.errors(include_url=False)])
+        if param == "prompt" and "prompt" not in fields:
+            message = "prompt: is required; it names a label of the model, see GET /v1/models"
+        raise _refused(str(param), message) from None
+    values = checked.model_dump(exclude={"size", "n", "num_outputs_per_prompt"})
+    return VideoOrder(size=_parse_size(checked.size), **values)
+
+
+def _json_pairs(body: bytes) -> list[tuple[str, Any]]:
+    value = _parse_json(body, what="The body")
+    if not isinstance(value, _Pairs):
+        raise RequestRefusedError("The body must be a JSON object.", code="invalid_json")
+    return value
+
+
+async def _form_pairs(request: Request) -> list[tuple[str, Any]]:
+    # Starlette answers 400 with a plain message to a broken body and to more parts than these.
+    async with request.form(max_files=MAX_FILES, max_fields=MAX_PARTS) as form:
+        pairs: list[tuple[str, Any]] = []
+        for name, value in form.multi_items():
+            base, bracket, _ = name.partition("[")
+            if isinstance(value, UploadFile) and base not in _UNSUPPORTED:
+                raise _refused(base, f"{base[:80]}: must be text, got a file")
+            if bracket and base not in _UNSUPPORTED and base in CreateVideoFields.model_fields:
+                raise _refused(base, f"{base}: must be one value, got a list or an object ({name[:80]!r})")
+            pairs.append((base, value))
+        return pairs
+
+
+def _collect(pairs: list[tuple[str, Any]], *, inside: str = "") -> dict[str, Any]:
+    """Fields by name, with nested ones lifted; refuses what is unknown, unsupported or given twice."""
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in _NESTED and not inside:
+            for nested_name, nested_value in _nested(name, value).items():
+                _put(fields, nested_name, nested_value)
+            continue
+        if name in _UNSUPPORTED:
+            raise _refused(name, f"{name}: is not supported: {_UNSUPPORTED[name]}")
+        if name not in CreateVideoFields.model_fields:
+            allowed = ", ".join(CreateVideoFields.model_fields)
+            raise RequestRefusedError(
+                f"{name[:80]}: is not a known field; allowed: {allowed}", param=name[:80], code="unknown_field"
+            )
+        _put(fields, name, value)
+    return fields
+
+
+def _nested(name: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        value = _parse_json(value.encode(), what=name)
+    if not isinstance(value, _Pairs):
+        raise _refused(name, f"{name}: must be a JSON object")
+    return _collect(value, inside=name)
+
+
+def _put(fields: dict[str, Any], name: str, value: Any) -> None:
+    if name in fields:
+        raise _refused(name, f"{name}: is given more than once")
+    if value is not None:
+        fields[name] = value
+
+
+def _parse_json(body: bytes, *, what: str) -> Any:
+    """Parse JSON; objects become :class:`_Pairs`."""
+
+    def refuse_constant(text: str) -> Any:
+        raise ValueError(f"{text} is not JSON")
+
+    try:
+        return json.loads(body.decode("utf-8"), object_pairs_hook=_Pairs, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        reason = "too deeply nested" if isinstance(error, RecursionError) else str(error)[:200]
+        raise RequestRefusedError(f"{what} is no valid JSON: {reason}", code="invalid_json") from None
+
+
+def _parse_size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise _refused("size", f"size: must be WIDTHxHEIGHT in pixels, such as 128x128, got {text[:80]!r}")
+    return int(match[1]), int(match[2])
+
+
+def _refused(param: str, message: str) -> RequestRefusedError:
+    return RequestRefusedError(message, param=param[:80], code=f"invalid_{param[:80]}")

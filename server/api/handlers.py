@@ -1,0 +1,77 @@
+"""Turn every error into OpenAI's envelope, whoever raised it."""
+
+import logging
+from http import HTTPStatus
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from starlette.exceptions import HTTPException
+
+from server.errors import RequestRefusedError, ServiceError, UnavailableError, error_body
+
+__all__ = ["add_exception_handlers", "first_problem"]
+
+logger = logging.getLogger(__name__)
+
+
+def add_exception_handlers(app: FastAPI) -> None:
+    """Install the handlers. Whatever they do not know becomes a 500 in ``RequestMiddleware``."""
+    app.add_exception_handler(ServiceError, _on_service_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(DBAPIError, _on_database_error)
+    app.add_exception_handler(PoolTimeoutError, _on_database_error)
+
+
+def _answer(error: ServiceError) -> JSONResponse:
+    headers = dict(error.headers)
+    if error.status_code == 413:
+        headers["connection"] = "close"  # the rest of the body is not read
+    return JSONResponse(error.body(), status_code=error.status_code, headers=headers)
+
+
+def _on_service_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ServiceError)
+    return _answer(error)
+
+
+def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
+    message = str(error.detail)
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        message = f"There is nothing at {request.url.path[:200]}."
+    elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = (error.headers or {}).get("Allow", "")
+        message = f"{request.method} is not possible at {request.url.path[:200]}; allowed: {allowed}"
+    body = error_body(message, kind="invalid_request_error", code=code)
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
+    """Query parameters; bodies are read by hand in ``fields.py``."""
+    assert isinstance(error, RequestValidationError)
+    param, message = first_problem(list(error.errors()))
+    return _answer(RequestRefusedError(message, param=param, code=f"invalid_{param}" if param else "invalid_request"))
+
+
+def _on_database_error(request: Request, error: Exception) -> JSONResponse:
+    logger.error("the database failed: %s", error)
+    return _answer(UnavailableError("The job database is not available now.", code="database_unavailable"))
+
+
+def first_problem(problems: list[dict[str, object]]) -> tuple[str | None, str]:
+    """(field, message) for the first of pydantic's error entries."""
+    problem = problems[0]
+    location = problem.get("loc", ())
+    assert isinstance(location, tuple)
+    names = [str(part) for part in location if part not in ("query", "path", "header", "body")]
+    param = names[0] if names else None
+    text = str(problem.get("msg", "is not valid")).removeprefix("Value error, ")
+    given = repr(problem.get("input"))
+    given = given if len(given) <= 80 else given[:77] + "..."
+    message = f"{param}: {text}, got {given}" if param else text
+    return param, message

@@ -1,0 +1,160 @@
+"""/health/live, /health/ready and /metrics, for machines that watch."""
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
+from sqlalchemy.exc import SQLAlchemyError
+
+from server.api.dependencies import Services, ServicesDep
+from server.errors import error_body
+from server.jobs.model import TERMINAL, JobStatus
+from server.jobs.queue import QueueError
+from server.jobs.totals import Totals, read_totals
+from server.jobs.workers import WorkerRecord
+
+__all__ = ["router"]
+
+router = APIRouter(tags=["health"])
+logger = logging.getLogger(__name__)
+_probe_lock = threading.Lock()
+
+
+@router.get("/health/live")
+def live() -> dict[str, str]:
+    """Whether this process answers. Looks at nothing else."""
+    return {"status": "live"}
+
+
+@router.get("/health/ready", responses={503: {"description": "A part is missing; the answer says which and why."}})
+def ready(services: ServicesDep) -> JSONResponse:
+    """Whether a video that is asked for now would be made: database, disk, broker and a worker."""
+    checks: dict[str, dict[str, str]] = {}
+    for name, check in (
+        ("database", _check_database),
+        ("disk", _check_disk),
+        ("broker", _check_broker),
+        ("worker", _check_worker),
+    ):
+        problem = check(services)
+        checks[name] = {"status": "ok"} if problem is None else {"status": "failing", "reason": problem}
+    reasons = [f"{name}: {check['reason']}" for name, check in checks.items() if "reason" in check]
+    if not reasons:
+        return JSONResponse({"status": "ready", "checks": checks})
+    error = error_body("The server is not ready. " + " ".join(reasons), kind="server_error", code="not_ready")
+    return JSONResponse({"status": "not_ready", "checks": checks, **error}, status_code=503)
+
+
+def _check_database(services: Services) -> str | None:
+    try:
+        services.repository.count_waiting()
+    except SQLAlchemyError as error:
+        return f"The job database does not answer: {type(error).__name__}."
+    return None
+
+
+def _check_disk(services: Services) -> str | None:
+    free, needed = services.store.free_bytes(), services.settings.min_free_bytes
+    return None if free >= needed else f"{free} bytes are free, {needed} are needed."
+
+
+def _check_broker(services: Services) -> str | None:
+    if not _probe_lock.acquire(timeout=5.0):
+        return "The broker does not answer."
+    try:
+        services.probe_queue.length()
+    except QueueError as error:
+        return f"The broker does not answer: {str(error).rstrip('.')}."
+    finally:
+        _probe_lock.release()
+    return None
+
+
+def _check_worker(services: Services) -> str | None:
+    try:
+        workers = services.workers.alive()
+    except SQLAlchemyError:
+        return "Unknown, the job database does not answer."
+    wanted = set(services.catalogue.names)
+    able = {model for worker in workers if worker.problem is None for model in worker.models}
+    if wanted <= able:
+        return None
+    problems = sorted({worker.problem for worker in workers if worker.problem is not None})
+    if problems:
+        return " ".join(problems)
+    missing = ", ".join(sorted(wanted - able))
+    return f"No live worker offers {missing}." if workers else "No worker is alive (yet)."
+
+
+@router.get("/metrics", response_class=Response)
+def metrics(services: ServicesDep) -> Response:
+    """Figures in Prometheus' text format.
+
+    What concerns jobs and workers is read from the database, so every API process tells the same; request
+    durations are those of the process that answers.
+    """
+    totals = read_totals(services.database)
+    workers = services.workers.alive()
+    registry = CollectorRegistry()
+    registry.register(_Collected(lambda: _job_metrics(totals)))
+    registry.register(_Collected(lambda: _worker_metrics(workers)))
+    body = generate_latest(registry) + generate_latest(services.http_metrics.registry)
+    return Response(body, media_type=CONTENT_TYPE_LATEST)
+
+
+class _Collected:
+    """Adapter from a function to what a registry wants."""
+
+    def __init__(self, function: Callable[[], Iterable[Metric]]) -> None:
+        self._function = function
+
+    def collect(self) -> Iterable[Metric]:
+        return self._function()
+
+
+def _job_metrics(totals: dict[tuple[str, JobStatus], Totals]) -> Iterable[Metric]:
+    waiting = GaugeMetricFamily("medsora_num_requests_waiting", "Jobs in the queue.", labels=["model"])
+    running = GaugeMetricFamily("medsora_num_requests_running", "Jobs that a worker holds.", labels=["model"])
+    requests = CounterMetricFamily("medsora_requests", "Finished jobs.", labels=["model", "status"])
+    latency = SummaryMetricFamily(
+        "medsora_request_latency_seconds", "Seconds from acceptance to the end of a job.", labels=["model", "status"]
+    )
+    queued = SummaryMetricFamily(
+        "medsora_queue_time_seconds", "Seconds that completed jobs waited for a worker.", labels=["model"]
+    )
+    stages = SummaryMetricFamily(
+        "medsora_stage_latency_seconds", "Seconds of the parts of completed jobs.", labels=["model", "stage"]
+    )
+    frames = CounterMetricFamily("medsora_frames_generated", "Frames of completed videos.", labels=["model"])
+    video_s = CounterMetricFamily("medsora_video_seconds_generated", "Length of completed videos.", labels=["model"])
+    redelivered = CounterMetricFamily("medsora_jobs_redelivered", "Second and further attempts.", labels=["model"])
+    for model in sorted({model for model, _ in totals}):
+        of = {status: totals.get((model, status), Totals()) for status in JobStatus}
+        waiting.add_metric([model], of[JobStatus.QUEUED].jobs)
+        running.add_metric([model], of[JobStatus.RUNNING].jobs)
+        for status in sorted(TERMINAL):
+            requests.add_metric([model, status.value], of[status].jobs)
+            latency.add_metric([model, status.value], of[status].jobs, of[status].latency_s)
+        done = of[JobStatus.SUCCEEDED]
+        queued.add_metric([model], done.jobs, done.queue_s)
+        for stage, seconds in (("sample", done.sampling_s), ("encode", done.encode_s), ("store", done.store_s)):
+            stages.add_metric([model, stage], done.jobs, seconds)
+        frames.add_metric([model], done.frames)
+        video_s.add_metric([model], done.video_s)
+        redelivered.add_metric([model], sum(total.redelivered for total in of.values()))
+    return [waiting, running, requests, latency, queued, stages, frames, video_s, redelivered]
+
+
+def _worker_metrics(workers: list[WorkerRecord]) -> Iterable[Metric]:
+    up = GaugeMetricFamily(
+        "medsora_worker_up", "1 for a live sampling process that can generate, else 0.", labels=["worker"]
+    )
+    memory = GaugeMetricFamily("medsora_worker_resident_bytes", "Host memory of a sampling process.", labels=["worker"])
+    for worker in workers:
+        up.add_metric([worker.id], 1.0 if worker.problem is None else 0.0)
+        memory.add_metric([worker.id], worker.rss_bytes)
+    return [up, memory]

@@ -1,0 +1,212 @@
+"""Bodies of the answers. The first fields of each are OpenAI's contract, the others are ours."""
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from server.checkpoints import ServedCheckpoint
+from server.jobs.model import JobStatus
+from server.jobs.repository import JobRecord
+
+__all__ = ["DeletedVideo", "ErrorEnvelope", "ModelList", "ModelObject", "VideoList", "VideoObject"]
+
+_WIRE_STATUS: dict[JobStatus, Literal["queued", "in_progress", "completed", "failed"]] = {
+    JobStatus.QUEUED: "queued",
+    JobStatus.RUNNING: "in_progress",
+    JobStatus.SUCCEEDED: "completed",
+    JobStatus.FAILED: "failed",
+    # Clients that wait for completed or failed would wait for ever on a fifth word.
+    JobStatus.CANCELED: "failed",
+}
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None = Field(description="Field of the request that is to blame.")
+    code: str | None
+
+
+class ErrorEnvelope(BaseModel):
+    """Body of every answer with a status of 400 or more."""
+
+    error: ErrorDetail
+
+
+class VideoError(BaseModel):
+    """Why a job failed."""
+
+    code: str
+    message: str
+
+
+class VideoObject(BaseModel):
+    """A job and its video."""
+
+    id: str
+    object: Literal["video"] = "video"
+    model: str
+    status: Literal["queued", "in_progress", "completed", "failed"]
+    progress: int = Field(ge=0, le=100, description="Per cent; 100 only when the video can be downloaded.")
+    created_at: int = Field(description="Unix seconds.")
+    completed_at: int | None = Field(description="Unix seconds.")
+    expires_at: int | None = Field(description="Unix seconds; null: kept until it is deleted.")
+    prompt: str | None
+    size: str = Field(description="Width and height in pixels.")
+    seconds: str
+    remixed_from_video_id: str | None
+    error: VideoError | None
+    label: str = Field(description="Label that the prompt was understood as.")
+    seed: int
+    num_frames: int
+    fps: float = Field(description="Frames a second.")
+    num_inference_steps: int
+    guidance_scale: float
+    sampler: str
+    inference_time_s: float | None = Field(description="Seconds of the sampler and decoder.")
+    sha256: str | None = Field(description="SHA-256 of the MP4 file.")
+
+    @classmethod
+    def of(cls, job: JobRecord) -> "VideoObject":
+        """The wire form of a job."""
+        progress = 0
+        if job.status is JobStatus.SUCCEEDED:
+            progress = 100
+        elif job.status in (JobStatus.RUNNING, JobStatus.FAILED, JobStatus.CANCELED):
+            progress = min(99, 100 * job.steps_done // job.num_inference_steps)
+        error = None
+        if job.error_code is not None:
+            error = VideoError(code=job.error_code, message=job.error_message or job.error_code)
+        return cls(
+            id=job.id,
+            model=job.model,
+            status=_WIRE_STATUS[job.status],
+            progress=progress,
+            created_at=int(job.created_at),
+            completed_at=None if job.completed_at is None else int(job.completed_at),
+            expires_at=None,
+            prompt=job.prompt,
+            size=f"{job.width}x{job.height}",
+            seconds=job.seconds,
+            remixed_from_video_id=None,
+            error=error,
+            label=job.label,
+            seed=job.seed,
+            num_frames=job.num_frames,
+            fps=job.fps,
+            num_inference_steps=job.num_inference_steps,
+            guidance_scale=job.guidance_scale,
+            sampler=job.sampler,
+            inference_time_s=job.sampling_s,
+            sha256=job.sha256,
+        )
+
+
+class VideoList(BaseModel):
+    """A page of videos; ask for the next one with ``after=<last_id>``."""
+
+    object: Literal["list"] = "list"
+    data: list[VideoObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class DeletedVideo(BaseModel):
+    """Confirmation that a video is gone."""
+
+    id: str
+    object: Literal["video.deleted"] = "video.deleted"
+    deleted: Literal[True] = True
+
+
+class Range(BaseModel):
+    """Limits of a number, both included."""
+
+    minimum: float
+    default: float
+    maximum: float
+
+
+class WholeRange(BaseModel):
+    """Limits of a whole number, both included."""
+
+    minimum: int
+    default: int
+    maximum: int
+
+
+class ModelLabel(BaseModel):
+    """Something that can be asked for: put ``name`` or a synonym into ``prompt``."""
+
+    name: str
+    description: str
+    synonyms: list[str]
+
+
+class ModelLimits(BaseModel):
+    """What a model can do. Of each list the first is the default."""
+
+    sizes: list[str] = Field(description="WIDTHxHEIGHT in pixels.")
+    seconds: list[str]
+    num_frames: list[int]
+    fps: float
+    num_inference_steps: WholeRange
+    guidance_scale: Range
+    samplers: list[str]
+
+
+class ModelObject(BaseModel):
+    """A checkpoint that this server offers."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = Field(description="Unix seconds.")
+    owned_by: str
+    description: str
+    modality: str = Field(description="DICOM modality, such as US.")
+    intended_use: str
+    licence: str
+    sha256: str = Field(description="SHA-256 of the checkpoint's manifest, which holds the hashes of all its files.")
+    is_default: bool
+    labels: list[ModelLabel]
+    limits: ModelLimits
+
+    @classmethod
+    def of(cls, checkpoint: ServedCheckpoint, *, is_default: bool) -> "ModelObject":
+        """The wire form of a served checkpoint."""
+        manifest, limits = checkpoint.manifest, checkpoint.manifest.limits
+        steps, guidance = limits.num_inference_steps, limits.guidance_scale
+        return cls(
+            id=checkpoint.name,
+            created=checkpoint.created,
+            owned_by="medsora",
+            description=manifest.description,
+            modality=manifest.modality,
+            intended_use=manifest.intended_use,
+            licence=manifest.licence,
+            sha256=checkpoint.sha256,
+            is_default=is_default,
+            labels=[
+                ModelLabel(name=label.name, description=label.description, synonyms=list(label.synonyms))
+                for label in manifest.labels
+            ],
+            limits=ModelLimits(
+                sizes=[f"{width}x{height}" for width, height in limits.sizes],
+                seconds=[manifest.seconds_for(num_frames) for num_frames in limits.num_frames],
+                num_frames=list(limits.num_frames),
+                fps=limits.fps,
+                num_inference_steps=WholeRange(minimum=steps[0], default=steps[1], maximum=steps[2]),
+                guidance_scale=Range(minimum=guidance[0], default=guidance[1], maximum=guidance[2]),
+                samplers=list(limits.samplers),
+            ),
+        )
+
+
+class ModelList(BaseModel):
+    """All models, the default first."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelObject]

@@ -1,0 +1,81 @@
+"""The HTTP application: puts the parts together and nothing else."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+import medsora
+from server.api import health, models, videos
+from server.api.dependencies import Services
+from server.api.handlers import add_exception_handlers
+from server.checkpoints import Catalogue
+from server.jobs.database import Database, migrate
+from server.jobs.queue import BackgroundPublisher, JobQueue
+from server.jobs.repository import JobRepository
+from server.jobs.service import JobService
+from server.jobs.workers import WorkerRegistry
+from server.observability import HttpMetrics, RequestMiddleware
+from server.settings import Settings
+from server.storage import ArtifactStore
+
+__all__ = ["create_app"]
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Build the application. Nothing is opened before it starts.
+
+    Raises:
+        CheckpointError: A served checkpoint is missing or its manifest is damaged.
+        SettingsError: No broker is set.
+    """
+    catalogue = Catalogue.load(settings.checkpoints)
+    broker_url = settings.broker_address()
+    http_metrics = HttpMetrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        database = Database(settings.database_address)
+        migrate(database)
+        repository = JobRepository(database, lease_s=settings.lease_s, max_attempts=settings.max_attempts)
+        store = ArtifactStore(settings.artifacts_dir)
+        publisher = BackgroundPublisher(JobQueue(broker_url), repository.mark_published)
+        probe_queue = JobQueue(broker_url)
+        jobs = JobService(
+            repository,
+            catalogue,
+            store,
+            publish=publisher.submit,
+            max_queued=settings.max_queued_jobs,
+            min_free_bytes=settings.min_free_bytes,
+        )
+        app.state.services = Services(
+            settings=settings,
+            database=database,
+            catalogue=catalogue,
+            store=store,
+            jobs=jobs,
+            repository=repository,
+            workers=WorkerRegistry(database, heartbeat_s=settings.worker_heartbeat_s),
+            probe_queue=probe_queue,
+            http_metrics=http_metrics,
+        )
+        try:
+            yield
+        finally:
+            publisher.close()
+            probe_queue.close()
+            database.close()
+
+    app = FastAPI(
+        title="MedSora Server",
+        version=medsora.__version__,
+        summary="Synthetic medical videos on request. Research only, not for diagnosis.",
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+    add_exception_handlers(app)
+    app.add_middleware(RequestMiddleware, max_body_bytes=settings.max_body_bytes, metrics=http_metrics)
+    for router in (videos.router, models.router, health.router):
+        app.include_router(router)
+    return app

@@ -1,0 +1,163 @@
+"""Tables and states of jobs. What may become of a job is written in :data:`TRANSITIONS` and nowhere else."""
+
+import enum
+import re
+import secrets
+
+from sqlalchemy import BigInteger, Boolean, CheckConstraint, Double, Index, Integer, String, Text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+__all__ = [
+    "TERMINAL",
+    "TRANSITIONS",
+    "Base",
+    "DeletedTotal",
+    "Job",
+    "JobStatus",
+    "WorkerProcess",
+    "is_job_id",
+    "new_job_id",
+]
+
+_BIG = BigInteger().with_variant(Integer(), "sqlite")  # SQLite numbers rows by itself only for INTEGER
+
+
+class JobStatus(enum.StrEnum):
+    """State of a job. The last three are for ever."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELED = "canceled"
+
+
+TERMINAL = frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELED})
+
+TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
+    JobStatus.QUEUED: frozenset({JobStatus.RUNNING, JobStatus.FAILED, JobStatus.CANCELED}),
+    # RUNNING again: a worker whose lease ran out is replaced by another without a stop in the queue.
+    JobStatus.RUNNING: frozenset(JobStatus),
+    JobStatus.SUCCEEDED: frozenset(),
+    JobStatus.FAILED: frozenset(),
+    JobStatus.CANCELED: frozenset(),
+}
+"""State -> states that may follow."""
+
+_JOB_ID = re.compile(r"video_[0-9a-f]{32}")
+
+
+def new_job_id() -> str:
+    """An id that cannot be guessed and is safe in paths and URLs: ``video_`` and 32 hex digits."""
+    return f"video_{secrets.token_hex(16)}"
+
+
+def is_job_id(text: str) -> bool:
+    """Whether ``text`` could have come from :func:`new_job_id`."""
+    return _JOB_ID.fullmatch(text) is not None
+
+
+class Base(DeclarativeBase):
+    """Base of all tables. Times are Unix seconds of the database's clock, as floats."""
+
+
+class Job(Base):
+    """One asked-for clip: what was asked, how far it is, what came of it."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        CheckConstraint("status in ('queued', 'running', 'succeeded', 'failed', 'canceled')", name="ck_jobs_status"),
+        Index("ix_jobs_status_lease", "status", "lease_until"),
+        Index("ix_jobs_status_seq", "status", "seq"),
+        {"sqlite_autoincrement": True},  # a cursor into the list must never come to mean another job
+    )
+
+    seq: Mapped[int] = mapped_column(_BIG, primary_key=True, autoincrement=True)
+    """Order of acceptance; the cursor of lists."""
+    id: Mapped[str] = mapped_column(String(64), unique=True)
+    status: Mapped[str] = mapped_column(String(16), default=JobStatus.QUEUED.value)
+
+    # what was asked, resolved against the checkpoint when it was accepted
+    model: Mapped[str] = mapped_column(String(200))
+    prompt: Mapped[str] = mapped_column(Text)
+    label: Mapped[str] = mapped_column(String(200))
+    seed: Mapped[int] = mapped_column(BigInteger)
+    num_frames: Mapped[int] = mapped_column(Integer)
+    width: Mapped[int] = mapped_column(Integer)
+    height: Mapped[int] = mapped_column(Integer)
+    fps: Mapped[float] = mapped_column(Double)
+    seconds: Mapped[str] = mapped_column(String(16))
+    num_inference_steps: Mapped[int] = mapped_column(Integer)
+    guidance_scale: Mapped[float] = mapped_column(Double)
+    sampler: Mapped[str] = mapped_column(String(64))
+
+    # who works on it
+    attempt: Mapped[int] = mapped_column(Integer, default=0)
+    """Number of claims so far, and the fencing token of the newest one."""
+    handed_back: Mapped[int] = mapped_column(Integer, default=0)
+    """Claims that a stopping worker gave back; they do not count against the cap of attempts."""
+    lease_until: Mapped[float | None] = mapped_column(Double)
+    worker: Mapped[str | None] = mapped_column(String(200))
+    steps_done: Mapped[int] = mapped_column(Integer, default=0)
+    cancel_requested: Mapped[bool] = mapped_column(Boolean, default=False)
+    deleted_at: Mapped[float | None] = mapped_column(Double)
+    """When the client deleted it. Nobody sees such a row; it goes once no worker holds it."""
+
+    # what came of it
+    error_code: Mapped[str | None] = mapped_column(String(64))
+    error_message: Mapped[str | None] = mapped_column(Text)
+    artifact: Mapped[str | None] = mapped_column(String(255))
+    """Name of the finished file in the artifact store."""
+    size_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    sha256: Mapped[str | None] = mapped_column(String(64))
+
+    # when
+    created_at: Mapped[float] = mapped_column(Double)
+    published_at: Mapped[float | None] = mapped_column(Double)
+    """When its id was last handed to the broker; None: not since it was (again) queued."""
+    queued_at: Mapped[float] = mapped_column(Double)
+    """When it last began to wait."""
+    started_at: Mapped[float | None] = mapped_column(Double)
+    """When its newest attempt was claimed."""
+    completed_at: Mapped[float | None] = mapped_column(Double)
+
+    # how long the parts of the attempt that succeeded took, seconds of the worker's steady clock
+    sampling_s: Mapped[float | None] = mapped_column(Double)
+    """Sampler and decoder: what the model itself took."""
+    encode_s: Mapped[float | None] = mapped_column(Double)
+    store_s: Mapped[float | None] = mapped_column(Double)
+
+
+class WorkerProcess(Base):
+    """A sampling process and its last sign of life."""
+
+    __tablename__ = "worker_processes"
+
+    id: Mapped[str] = mapped_column(String(200), primary_key=True)
+    """``host:pid:`` and a random part."""
+    started_at: Mapped[float] = mapped_column(Double)
+    seen_at: Mapped[float] = mapped_column(Double)
+    models: Mapped[str] = mapped_column(Text)
+    """Names of the models it can run, separated by newlines."""
+    device: Mapped[str] = mapped_column(String(64))
+    rss_bytes: Mapped[int] = mapped_column(BigInteger)
+    problem: Mapped[str | None] = mapped_column(Text)
+    """Why it cannot generate, e.g. a damaged checkpoint; None when it can."""
+
+
+class DeletedTotal(Base):
+    """Sums over jobs whose rows are gone, so that counters in /metrics never fall."""
+
+    __tablename__ = "deleted_totals"
+
+    model: Mapped[str] = mapped_column(String(200), primary_key=True)
+    status: Mapped[str] = mapped_column(String(16), primary_key=True)
+    jobs: Mapped[int] = mapped_column(BigInteger, default=0)
+    frames: Mapped[int] = mapped_column(BigInteger, default=0)
+    video_s: Mapped[float] = mapped_column(Double, default=0.0)
+    redelivered: Mapped[int] = mapped_column(BigInteger, default=0)
+    latency_s: Mapped[float] = mapped_column(Double, default=0.0)
+    queue_s: Mapped[float] = mapped_column(Double, default=0.0)
+    sampling_s: Mapped[float] = mapped_column(Double, default=0.0)
+    encode_s: Mapped[float] = mapped_column(Double, default=0.0)
+    store_s: Mapped[float] = mapped_column(Double, default=0.0)

@@ -1,0 +1,409 @@
+"""All queries of the job table. Each method is one transaction; each change of state is one conditional UPDATE.
+
+A claim raises ``attempt``, and that number is the fencing token: whoever wants to change a running job must
+name it, and is told no (False, None) once somebody else has claimed the job. Times are compared inside the
+database with its own clock, never with the clock of a worker or API host.
+"""
+
+import enum
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, or_, select, update
+
+from server.jobs.database import Database, database_now
+from server.jobs.model import TERMINAL, Job, JobStatus, new_job_id
+
+__all__ = ["Claim", "FinishedWork", "JobRecord", "JobRepository", "QueueFullError", "Removal", "SweepResult"]
+
+_TABLE: Any = Job.__table__
+_HIDDEN = Job.deleted_at.is_not(None)
+_VISIBLE = Job.deleted_at.is_(None)
+_TERMINAL_NAMES = sorted(status.value for status in TERMINAL)
+EXHAUSTED = "attempts_exhausted"
+CANCELLED = "cancelled"
+CANCELLED_MESSAGE = "The job was cancelled."
+
+
+class QueueFullError(Exception):
+    """As many jobs wait as may wait."""
+
+
+class Removal(enum.Enum):
+    """What :meth:`JobRepository.request_removal` found."""
+
+    MISSING = "missing"
+    READY = "ready"
+    """No worker holds it: its file can go now."""
+    RUNNING = "running"
+    """Its worker has been asked to stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRecord:
+    """A row of the job table, detached; the columns are described in :class:`server.jobs.model.Job`."""
+
+    seq: int
+    id: str
+    status: JobStatus
+    model: str
+    prompt: str
+    label: str
+    seed: int
+    num_frames: int
+    width: int
+    height: int
+    fps: float
+    seconds: str
+    num_inference_steps: int
+    guidance_scale: float
+    sampler: str
+    attempt: int
+    handed_back: int
+    lease_until: float | None
+    worker: str | None
+    steps_done: int
+    cancel_requested: bool
+    deleted_at: float | None
+    error_code: str | None
+    error_message: str | None
+    artifact: str | None
+    size_bytes: int | None
+    sha256: str | None
+    created_at: float
+    published_at: float | None
+    queued_at: float
+    started_at: float | None
+    completed_at: float | None
+    sampling_s: float | None
+    encode_s: float | None
+    store_s: float | None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The right to work on a job until the lease runs out. ``token`` is the fencing token."""
+
+    job: JobRecord
+    token: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedWork:
+    """What a worker reports of a finished clip; durations in seconds of its steady clock."""
+
+    artifact: str
+    size_bytes: int
+    sha256: str
+    sampling_s: float
+    encode_s: float
+    store_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepResult:
+    """Numbers of jobs whose lease had run out, by what became of them."""
+
+    requeued: int
+    exhausted: int
+    canceled: int
+
+
+class JobRepository:
+    """Storage of jobs on one database. Safe to use from several threads.
+
+    Args:
+        lease_s: Seconds a claim lasts without renewal.
+        max_attempts: Claims a job may use up before it fails.
+    """
+
+    def __init__(self, database: Database, *, lease_s: float, max_attempts: int) -> None:
+        self._database = database
+        self._lease_s = lease_s
+        self._max_attempts = max_attempts
+
+    # -- clients ---------------------------------------------------------------------------------------------
+
+    def add(self, values: dict[str, Any], *, max_queued: int) -> JobRecord:
+        """Insert a job that waits; it is on disk when this returns.
+
+        Args:
+            values: The columns of what was asked.
+            max_queued: Most jobs that may wait, this one included.
+
+        Raises:
+            QueueFullError: That many wait already.
+        """
+        with self._database.write() as connection:
+            waiting = connection.scalar(select(func.count()).where(Job.status == JobStatus.QUEUED))
+            if waiting is not None and waiting >= max_queued:
+                raise QueueFullError(f"{waiting} jobs are waiting, {max_queued} may")
+            statement = insert(_TABLE).values(
+                id=new_job_id(),
+                status=JobStatus.QUEUED.value,
+                created_at=database_now(),
+                queued_at=database_now(),
+                attempt=0,
+                handed_back=0,
+                steps_done=0,
+                cancel_requested=False,
+                **values,
+            )
+            return _record(connection.execute(statement.returning(*_TABLE.c)).one())
+
+    def get(self, job_id: str) -> JobRecord | None:
+        """The job, or None when there is none that a client may see."""
+        with self._database.read() as connection:
+            row = connection.execute(select(_TABLE).where(Job.id == job_id, _VISIBLE)).one_or_none()
+        return None if row is None else _record(row)
+
+    def page(self, *, limit: int, after: str | None, newest_first: bool) -> tuple[list[JobRecord], bool] | None:
+        """Jobs behind the cursor ``after``, and whether there are more; None when no job has that id."""
+        query = select(_TABLE).where(_VISIBLE)
+        with self._database.read() as connection:
+            if after is not None:
+                cursor = connection.scalar(select(Job.seq).where(Job.id == after, _VISIBLE))
+                if cursor is None:
+                    return None
+                query = query.where(Job.seq < cursor if newest_first else Job.seq > cursor)
+            order = Job.seq.desc() if newest_first else Job.seq.asc()
+            rows = connection.execute(query.order_by(order).limit(limit + 1)).all()
+        return [_record(row) for row in rows[:limit]], len(rows) > limit
+
+    def expected_wait_s(self, job: JobRecord) -> float | None:
+        """Rough seconds until an unfinished job is done, by the pace of the last jobs; None: no such job yet."""
+        recent = (
+            select((Job.sampling_s / Job.num_inference_steps).label("pace_s"))
+            .where(Job.status == JobStatus.SUCCEEDED, Job.model == job.model)
+            .order_by(Job.seq.desc())
+            .limit(10)
+            .subquery()
+        )
+        ahead = select(func.count()).where(Job.status == JobStatus.QUEUED, Job.seq < job.seq)
+        with self._database.read() as connection:
+            pace_s = connection.scalar(select(func.avg(recent.c.pace_s)))
+            if pace_s is None:
+                return None
+            waiting = connection.scalar(ahead) or 0 if job.status is JobStatus.QUEUED else 0
+        return float(pace_s) * (job.num_inference_steps * (1 + waiting) - job.steps_done)
+
+    def request_cancel(self, job_id: str) -> bool:
+        """Cancel a job that waits, ask the worker of one that runs. False when it is neither."""
+        with self._database.write() as connection:
+            if _cancel_waiting(connection, Job.id == job_id):
+                return True
+            statement = update(Job).where(Job.id == job_id, Job.status == JobStatus.RUNNING, _VISIBLE)
+            return connection.execute(statement.values(cancel_requested=True)).rowcount == 1
+
+    def request_removal(self, job_id: str) -> Removal:
+        """Hide a job for good, and cancel it unless it is finished."""
+        with self._database.write() as connection:
+            _cancel_waiting(connection, and_(Job.id == job_id, _VISIBLE))
+            statement = (
+                update(Job)
+                .where(Job.id == job_id, _VISIBLE)
+                .values(deleted_at=database_now(), cancel_requested=True)
+                .returning(Job.status)
+            )
+            status = connection.scalar(statement)
+        if status is None:
+            return Removal.MISSING
+        return Removal.RUNNING if status == JobStatus.RUNNING else Removal.READY
+
+    # -- workers ---------------------------------------------------------------------------------------------
+
+    def claim(self, job_id: str, *, worker: str) -> Claim | None:
+        """Take a job that waits, or whose worker has let its lease run out; None when it is not to be had."""
+        takeable = or_(
+            Job.status == JobStatus.QUEUED,
+            and_(Job.status == JobStatus.RUNNING, Job.lease_until < database_now()),
+        )
+        statement = (
+            update(_TABLE)
+            .where(Job.id == job_id, takeable, Job.cancel_requested.is_(False), self._attempts_left())
+            .values(
+                status=JobStatus.RUNNING.value,
+                attempt=Job.attempt + 1,
+                lease_until=database_now() + self._lease_s,
+                worker=worker,
+                steps_done=0,
+                started_at=database_now(),
+            )
+            .returning(*_TABLE.c)
+        )
+        with self._database.write() as connection:
+            row = connection.execute(statement).one_or_none()
+        return None if row is None else Claim(_record(row), row.attempt)
+
+    def renew(self, job_id: str, token: int, *, steps_done: int) -> bool | None:
+        """Prolong the lease and record progress.
+
+        Returns:
+            Whether cancellation was asked for; None when the claim is lost.
+        """
+        statement = (
+            update(Job)
+            .where(*_held(job_id, token))
+            .values(lease_until=database_now() + self._lease_s, steps_done=steps_done)
+            .returning(Job.cancel_requested)
+        )
+        with self._database.write() as connection:
+            row = connection.execute(statement).one_or_none()
+        return None if row is None else bool(row.cancel_requested)
+
+    def succeed(self, job_id: str, token: int, work: FinishedWork) -> bool:
+        """Publish the result. False when the claim is lost or cancellation was asked for: then it is not."""
+        statement = (
+            update(Job)
+            .where(*_held(job_id, token), Job.cancel_requested.is_(False))
+            .values(
+                status=JobStatus.SUCCEEDED.value,
+                steps_done=Job.num_inference_steps,
+                artifact=work.artifact,
+                size_bytes=work.size_bytes,
+                sha256=work.sha256,
+                sampling_s=work.sampling_s,
+                encode_s=work.encode_s,
+                store_s=work.store_s,
+                completed_at=database_now(),
+                lease_until=None,
+            )
+        )
+        with self._database.write() as connection:
+            return connection.execute(statement).rowcount == 1
+
+    def fail(self, job_id: str, token: int, *, code: str, message: str) -> bool:
+        """End the job with an error. False when the claim is lost."""
+        return self._end(job_id, token, JobStatus.FAILED, code, message)
+
+    def finish_cancel(self, job_id: str, token: int) -> bool:
+        """Confirm that the work has stopped. False when the claim is lost."""
+        return self._end(job_id, token, JobStatus.CANCELED, CANCELLED, CANCELLED_MESSAGE)
+
+    def hand_back(self, job_id: str, token: int) -> bool:
+        """Let another worker have the job at once, without using up an attempt. False when the claim is lost."""
+        statement = update(Job).where(*_held(job_id, token), Job.cancel_requested.is_(False))
+        with self._database.write() as connection:
+            changed = connection.execute(statement.values(handed_back=Job.handed_back + 1, **_waiting())).rowcount
+        return changed == 1
+
+    def _end(self, job_id: str, token: int, status: JobStatus, code: str, message: str) -> bool:
+        statement = update(Job).where(*_held(job_id, token)).values(**_ended(status, code, message))
+        with self._database.write() as connection:
+            return connection.execute(statement).rowcount == 1
+
+    # -- reaper and publishers -------------------------------------------------------------------------------
+
+    def sweep_expired(self) -> SweepResult:
+        """Settle every running job whose lease has run out: canceled, failed for good, or waiting again."""
+        expired = and_(Job.status == JobStatus.RUNNING, Job.lease_until < database_now())
+        with self._database.write() as connection:
+            canceled = connection.execute(
+                update(Job)
+                .where(expired, Job.cancel_requested.is_(True))
+                .values(**_ended(JobStatus.CANCELED, CANCELLED, CANCELLED_MESSAGE))
+            ).rowcount
+            message = f"The worker was lost {self._max_attempts} times while running this job."
+            exhausted = connection.execute(
+                update(Job)
+                .where(expired, ~self._attempts_left())
+                .values(**_ended(JobStatus.FAILED, EXHAUSTED, message))
+            ).rowcount
+            requeued = connection.execute(update(Job).where(expired).values(**_waiting())).rowcount
+        return SweepResult(requeued=requeued, exhausted=exhausted, canceled=canceled)
+
+    def unpublished(self, *, grace_s: float, limit: int) -> list[tuple[str, int]]:
+        """Oldest waiting jobs whose id never reached the broker: (id, attempts so far).
+
+        Args:
+            grace_s: Leave out jobs that were accepted more recently: their API is about to publish them. Jobs
+                that wait again after an attempt have nobody to publish them and are always included.
+        """
+        overdue = or_(Job.attempt > 0, Job.queued_at < database_now() - grace_s)
+        return self._waiting_ids(and_(Job.published_at.is_(None), overdue), limit)
+
+    def stale_published(self, *, after_s: float, limit: int) -> list[tuple[str, int]]:
+        """Oldest waiting jobs whose id was published longer than ``after_s`` seconds ago."""
+        return self._waiting_ids(Job.published_at < database_now() - after_s, limit)
+
+    def mark_published(self, job_ids: Iterable[str]) -> None:
+        """Record that the broker has been given these ids."""
+        ids = list(job_ids)
+        if ids:
+            statement = update(Job).where(Job.id.in_(ids), Job.status == JobStatus.QUEUED)
+            with self._database.write() as connection:
+                connection.execute(statement.values(published_at=database_now()))
+
+    def count_waiting(self) -> int:
+        """Number of jobs in the queue."""
+        with self._database.read() as connection:
+            return connection.scalar(select(func.count()).where(Job.status == JobStatus.QUEUED)) or 0
+
+    def removable(self, *, limit: int) -> list[JobRecord]:
+        """Deleted jobs that no worker holds any more."""
+        query = select(_TABLE).where(_HIDDEN, Job.status.in_(_TERMINAL_NAMES)).limit(limit)
+        with self._database.read() as connection:
+            return [_record(row) for row in connection.execute(query)]
+
+    def referenced(self, job_ids: Sequence[str]) -> dict[str, tuple[str | None, int | None]]:
+        """For each id that has a row: its artifact, and the token that is at work on it now (else None)."""
+        query = select(Job.id, Job.artifact, Job.status, Job.attempt).where(Job.id.in_(job_ids))
+        with self._database.read() as connection:
+            rows = connection.execute(query).all()
+        return {row.id: (row.artifact, row.attempt if row.status == JobStatus.RUNNING else None) for row in rows}
+
+    def forget(self, job_ids: Sequence[str]) -> int:
+        """Remove the rows of deleted, finished jobs, keeping their sums (see ``totals.py``)."""
+        from server.jobs.totals import add_to_deleted
+
+        condition = and_(Job.id.in_(job_ids), _HIDDEN, Job.status.in_(_TERMINAL_NAMES))
+        with self._database.write() as connection:
+            add_to_deleted(connection, condition)
+            return connection.execute(delete(Job).where(condition)).rowcount
+
+    def _waiting_ids(self, condition: ColumnElement[bool], limit: int) -> list[tuple[str, int]]:
+        query = select(Job.id, Job.attempt).where(Job.status == JobStatus.QUEUED, condition)
+        with self._database.read() as connection:
+            return [(row.id, row.attempt) for row in connection.execute(query.order_by(Job.seq).limit(limit))]
+
+    def _attempts_left(self) -> ColumnElement[bool]:
+        return Job.attempt - Job.handed_back < self._max_attempts
+
+
+def _cancel_waiting(connection: Connection, condition: ColumnElement[bool]) -> bool:
+    statement = update(Job).where(condition, Job.status == JobStatus.QUEUED, _VISIBLE)
+    ended = _ended(JobStatus.CANCELED, CANCELLED, CANCELLED_MESSAGE)
+    return connection.execute(statement.values(**ended)).rowcount == 1
+
+
+def _held(job_id: str, token: int) -> tuple[ColumnElement[bool], ...]:
+    """The claim still stands. An expired lease that nobody has taken over yet is still good."""
+    return (Job.id == job_id, Job.status == JobStatus.RUNNING, Job.attempt == token)
+
+
+def _waiting() -> dict[str, Any]:
+    return {
+        "status": JobStatus.QUEUED.value,
+        "lease_until": None,
+        "worker": None,
+        "steps_done": 0,
+        "queued_at": database_now(),
+        "published_at": None,
+    }
+
+
+def _ended(status: JobStatus, code: str, message: str) -> dict[str, Any]:
+    return {
+        "status": status.value,
+        "error_code": code,
+        "error_message": message[:2000],
+        "completed_at": database_now(),
+        "lease_until": None,
+    }
+
+
+def _record(row: Any) -> JobRecord:
+    values = dict(row._mapping)
+    values["status"] = JobStatus(values["status"])
+    return JobRecord(**values)

@@ -1,0 +1,240 @@
+"""The rules of jobs: what is accepted, what a client may see, what cancelling and deleting mean."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from medsora.errors import RequestError
+from medsora.manifest import Manifest
+from medsora.request import frames_for_seconds, random_seed, resolve_label, resolve_request
+from server.checkpoints import Catalogue, ServedCheckpoint
+from server.errors import NotFoundError, OverloadedError, RequestRefusedError, UnavailableError
+from server.jobs.model import TERMINAL, is_job_id
+from server.jobs.repository import JobRecord, JobRepository, QueueFullError, Removal
+from server.storage import ArtifactStore
+
+__all__ = ["MAX_PROMPT_CHARACTERS", "JobPage", "JobService", "VideoOrder"]
+
+MAX_PROMPT_CHARACTERS = 32_000
+_QUEUE_FULL_RETRY_MS = 2000
+_LEAST_POLL_MS, _DEFAULT_POLL_MS, _MOST_POLL_MS = 200, 1000, 5000
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoOrder:
+    """What a client asks for; None is the checkpoint's default. Types are right, values are not checked yet."""
+
+    prompt: str
+    model: str | None = None
+    size: tuple[int, int] | None = None
+    """(width, height) in pixels."""
+    width: int | None = None
+    height: int | None = None
+    seconds: str | None = None
+    num_frames: int | None = None
+    fps: float | None = None
+    seed: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    sampler: str | None = None
+
+
+@dataclass(frozen=True)
+class JobPage:
+    """A part of the list of jobs."""
+
+    jobs: list[JobRecord]
+    has_more: bool
+
+
+class JobService:
+    """Everything that the API does with jobs.
+
+    Args:
+        publish: Told the id of every accepted job; must return at once and never fail.
+        max_queued: Most jobs that may wait.
+        min_free_bytes: Free disk space below which no job is accepted.
+    """
+
+    def __init__(
+        self,
+        repository: JobRepository,
+        catalogue: Catalogue,
+        store: ArtifactStore,
+        *,
+        publish: Callable[[str], None],
+        max_queued: int,
+        min_free_bytes: int,
+    ) -> None:
+        self._repository = repository
+        self._catalogue = catalogue
+        self._store = store
+        self._publish = publish
+        self._max_queued = max_queued
+        self._min_free_bytes = min_free_bytes
+
+    def submit(self, order: VideoOrder) -> JobRecord:
+        """Accept a job: when this returns, the job is on disk and will come to an end.
+
+        Raises:
+            RequestRefusedError: A field that the checkpoint cannot honour; names it and what is allowed.
+            OverloadedError: Too many jobs wait.
+            UnavailableError: Too little room on the disk.
+        """
+        checkpoint = self._find_checkpoint(order.model)
+        values = _resolve(checkpoint, order)
+        if self._store.free_bytes() < self._min_free_bytes:
+            raise UnavailableError(
+                "There is too little free disk space to take more jobs.", code="storage_full", retry_after_ms=10_000
+            )
+        try:
+            job = self._repository.add(values, max_queued=self._max_queued)
+        except QueueFullError:
+            message = f"{self._max_queued} jobs are waiting, no more can be taken now. Try again later."
+            raise OverloadedError(message, code="queue_full", retry_after_ms=_QUEUE_FULL_RETRY_MS) from None
+        self._publish(job.id)
+        return job
+
+    def get(self, job_id: str) -> JobRecord:
+        """The job of that id.
+
+        Raises:
+            NotFoundError: There is none (any more).
+        """
+        job = self._repository.get(job_id) if is_job_id(job_id) else None
+        if job is None:
+            raise _not_found(job_id)
+        return job
+
+    def poll_after_ms(self, job: JobRecord) -> int:
+        """Milliseconds after which it is worth asking for the job again: a twentieth of what it may still take."""
+        if job.status in TERMINAL:
+            return _LEAST_POLL_MS
+        expected_s = self._repository.expected_wait_s(job)
+        if expected_s is None:
+            return _DEFAULT_POLL_MS
+        return round(min(max(expected_s * 1000 / 20, _LEAST_POLL_MS), _MOST_POLL_MS))
+
+    def list(self, *, limit: int, after: str | None, newest_first: bool) -> JobPage:
+        """A page of jobs behind the job ``after``.
+
+        Raises:
+            RequestRefusedError: ``after`` is no job.
+        """
+        page = self._repository.page(limit=limit, after=after, newest_first=newest_first)
+        if page is None:
+            message = f"after: there is no video with the id {(after or '')[:80]!r}."
+            raise RequestRefusedError(message, param="after", code="invalid_cursor")
+        return JobPage(*page)
+
+    def cancel(self, job_id: str) -> None:
+        """Cancel a job that waits or runs; a running one stops within one sampling step.
+
+        Nothing happens to a finished job: it stays finished.
+
+        Raises:
+            NotFoundError: There is no such job.
+        """
+        self.get(job_id)
+        self._repository.request_cancel(job_id)
+
+    def delete(self, job_id: str) -> None:
+        """Remove a job and its file; one that waits or runs is cancelled first. It is gone at once.
+
+        Raises:
+            NotFoundError: There is no such job.
+        """
+        removal = self._repository.request_removal(job_id) if is_job_id(job_id) else Removal.MISSING
+        if removal is Removal.MISSING:
+            raise _not_found(job_id)
+        if removal is Removal.READY:
+            # After a crash between these lines the reaper does the rest. Of a running job it does all.
+            self._store.remove_attempts(job_id)
+            self._repository.forget([job_id])
+
+    def _find_checkpoint(self, model: str | None) -> ServedCheckpoint:
+        if model is None:
+            return self._catalogue.default
+        checkpoint = self._catalogue.get(model)
+        if checkpoint is None:
+            known = ", ".join(self._catalogue.names)
+            message = f"model: there is no model {model[:80]!r}; allowed: {known}"
+            raise RequestRefusedError(message, param="model", code="model_not_found")
+        return checkpoint
+
+
+def _resolve(checkpoint: ServedCheckpoint, order: VideoOrder) -> dict[str, object]:
+    """Columns of a job for this order."""
+    manifest = checkpoint.manifest
+    if not order.prompt.strip():
+        raise RequestRefusedError("prompt: must not be empty.", param="prompt", code="invalid_prompt")
+    if len(order.prompt) > MAX_PROMPT_CHARACTERS:
+        message = f"prompt: has {len(order.prompt)} characters; allowed: 1 to {MAX_PROMPT_CHARACTERS}"
+        raise RequestRefusedError(message, param="prompt", code="invalid_prompt")
+    try:
+        label = resolve_label(manifest, order.prompt)
+        width, height = _size(order)
+        request = resolve_request(
+            manifest,
+            label=label.name,
+            seed=random_seed() if order.seed is None else order.seed,
+            num_frames=_frames(manifest, order),
+            width=width,
+            height=height,
+            num_inference_steps=order.num_inference_steps,
+            guidance_scale=order.guidance_scale,
+            sampler=order.sampler,
+        )
+    except RequestError as error:
+        raise _refusal(error, order) from None
+    return {
+        "model": checkpoint.name,
+        "prompt": order.prompt,
+        "label": request.label,
+        "seed": request.seed,
+        "num_frames": request.num_frames,
+        "width": request.width,
+        "height": request.height,
+        "fps": manifest.limits.fps,
+        "seconds": manifest.seconds_for(request.num_frames),
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+        "sampler": request.sampler,
+    }
+
+
+def _size(order: VideoOrder) -> tuple[int | None, int | None]:
+    if order.size is None:
+        return order.width, order.height
+    for name, given, meant in (("width", order.width, order.size[0]), ("height", order.height, order.size[1])):
+        if given is not None and given != meant:
+            raise RequestError(name, f"{given} contradicts size {order.size[0]}x{order.size[1]}", [meant])
+    return order.size
+
+
+def _frames(manifest: Manifest, order: VideoOrder) -> int | None:
+    fps = manifest.limits.fps
+    if order.fps is not None and order.fps != fps:
+        raise RequestError("fps", f"{manifest.name} cannot make {order.fps:g} frames a second", [f"{fps:g}"])
+    if order.seconds is None:
+        return order.num_frames
+    frames = frames_for_seconds(manifest, order.seconds)
+    if order.num_frames is not None and order.num_frames != frames:
+        raise RequestError("num_frames", f"{order.num_frames} contradicts seconds {order.seconds[:40]}", [frames])
+    return frames
+
+
+def _refusal(error: RequestError, order: VideoOrder) -> RequestRefusedError:
+    """The error in the client's words: a label is asked for by the prompt, a size may come as two numbers."""
+    param, message = error.field, error.message
+    if param == "label":
+        param, message = "prompt", "prompt" + message.removeprefix("label")
+    elif param == "size" and order.size is None:
+        param = "width" if order.width is not None else "height"
+    return RequestRefusedError(message, param=param, code=f"invalid_{param}")
+
+
+def _not_found(job_id: str) -> NotFoundError:
+    return NotFoundError(f"There is no video with the id {job_id[:80]!r}.", code="video_not_found", param="video_id")

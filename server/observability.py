@@ -1,0 +1,120 @@
+"""What every request gets: an id, a limit on its body, a measurement, and an answer even if the code fails.
+
+Plain ASGI, so that streamed answers stay streamed.
+"""
+
+import logging
+import secrets
+import sys
+import time
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Histogram
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import TooLargeError, error_body
+
+__all__ = ["HttpMetrics", "RequestMiddleware", "configure_logging"]
+
+logger = logging.getLogger(__name__)
+
+_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0)
+
+
+def configure_logging(level: str) -> None:
+    """Log to standard error, one line an event."""
+    logging.basicConfig(
+        stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s"
+    )
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+class HttpMetrics:
+    """Histogram of request durations, by method, route template and status; never by id."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.seconds = Histogram(
+            "medsora_http_request_seconds",
+            "Seconds from the first byte of a request to the last of its answer.",
+            ("method", "route", "status"),
+            buckets=_BUCKETS,
+            registry=self.registry,
+        )
+
+
+class RequestMiddleware:
+    """Outermost layer of the application.
+
+    Args:
+        max_body_bytes: Larger request bodies are refused with 413, while they are being received.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int, metrics: HttpMetrics) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = f"req_{secrets.token_hex(12)}"
+        started = time.perf_counter()
+        status = 500
+        has_started = False
+        received = 0
+
+        async def limited_receive() -> Message:
+            nonlocal received
+            message = await receive()
+            if message["type"] == "http.request":
+                received += len(message.get("body", b""))
+                if received > self._max_body_bytes:
+                    raise self._too_large()
+            return message
+
+        async def tagged_send(message: Message) -> None:
+            nonlocal status, has_started
+            if message["type"] == "http.response.start":
+                status, has_started = message["status"], True
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            declared = _content_length(scope)
+            if declared is not None and declared > self._max_body_bytes:
+                await _json(413, self._too_large().body())(scope, receive, tagged_send)
+            else:
+                await self._app(scope, limited_receive, tagged_send)
+        except Exception:
+            logger.exception("request %s failed: %s", request_id, scope["method"])
+            if has_started:
+                raise  # the answer is cut off, which the client can see
+            message = f"The server failed to handle the request. Report the request id {request_id}."
+            body = error_body(message, kind="server_error", code="internal_error")
+            await _json(500, body)(scope, receive, tagged_send)
+        finally:
+            route = getattr(scope.get("route"), "path", "unmatched")
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self._metrics.seconds.labels(method, route, str(status)).observe(time.perf_counter() - started)
+
+    def _too_large(self) -> TooLargeError:
+        return TooLargeError(f"The request body has more than {self._max_body_bytes} bytes.", code="body_too_large")
+
+
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+def _content_length(scope: Scope) -> int | None:
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit() and len(value) < 20:
+            return int(value)
+    return None
+
+
+def _json(status: int, body: dict[str, Any]) -> JSONResponse:
+    # The rest of the body is not read: the connection cannot be used again.
+    return JSONResponse(body, status_code=status, headers={"connection": "close"} if status == 413 else None)

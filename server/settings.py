@@ -1,0 +1,228 @@
+"""What the operator decides: environment variables ``MEDSORA_*``, read here and nowhere else.
+
+Nothing happens at import. An unknown ``MEDSORA_*`` variable is an error, so that a misspelt limit cannot
+silently leave the default in force.
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+__all__ = ["ENV_PREFIX", "Settings", "SettingsError", "get_settings"]
+
+ENV_PREFIX = "MEDSORA_"
+_MIB = 2**20
+
+
+class SettingsError(ValueError):
+    """A ``MEDSORA_*`` variable that is unknown or has a value that does not do; the message names it."""
+
+
+class Settings(BaseSettings):
+    """All settings of all server processes. Frozen: a process is configured once.
+
+    Build it with :func:`get_settings` (environment) or by keyword (tests).
+    """
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid", validate_default=True)
+
+    data_dir: Path = Field(
+        Path("medsora-data"),
+        description="Folder of everything the server keeps: database, videos, lock, embedded Redis socket.",
+    )
+    database_url: SecretStr | None = Field(
+        None,
+        description="SQLAlchemy URL of the job database (sqlite or postgresql). None: SQLite in data_dir.",
+    )
+    redis_url: SecretStr | None = Field(
+        None,
+        description="URL of the Redis broker, e.g. redis://host:6379/0. None: `serve` starts its own.",
+    )
+    host: str = Field("127.0.0.1", min_length=1, description="Address that the API listens on.")
+    port: int = Field(8000, ge=0, le=65535, description="TCP port of the API; 0 takes a free one.")
+    checkpoints: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("lung-ultrasound-small",),
+        min_length=1,
+        description="Checkpoints to serve, separated by commas: names of shipped ones, or directories. "
+        "The first is the default model.",
+    )
+
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="Device that the worker samples on.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Number format of the sampler.")
+    backend: str = Field("auto", min_length=1, description="Back end of the state-space operator.")
+    worker_processes: int = Field(
+        1, ge=1, le=64, description="Sampling processes of one worker; each holds its own copy of the model."
+    )
+    worker_max_memory_mib: int = Field(
+        8192,
+        ge=256,
+        description="MiB of host memory after which a sampling process is replaced once its job is done (leak stop).",
+    )
+    warm_up: bool = Field(True, description="Generate one clip before a worker reports that it is ready.")
+
+    max_queued_jobs: int = Field(
+        1000, ge=1, le=1_000_000, description="Jobs that may wait at once; more are answered with 429."
+    )
+    max_attempts: int = Field(
+        3, ge=1, le=10, description="Runs that a job may start before it fails with attempts_exhausted."
+    )
+    lease_s: float = Field(
+        60.0, ge=1.0, le=3600.0, description="Seconds that a worker owns a job without renewing its claim."
+    )
+    heartbeat_s: float = Field(
+        15.0, gt=0.0, le=600.0, description="Seconds between renewals of a lease, at least twice a lease."
+    )
+    progress_interval_s: float = Field(
+        0.1,
+        ge=0.0,
+        le=10.0,
+        description="Least seconds between two writes of progress; steps that take longer are each written.",
+    )
+    reaper_interval_s: float = Field(5.0, gt=0.0, le=300.0, description="Seconds between two sweeps of the reaper.")
+    publish_grace_s: float = Field(
+        2.0, gt=0.0, le=300.0, description="Seconds until the reaper publishes a job that the API did not."
+    )
+    republish_after_s: float = Field(
+        10.0, gt=0.0, le=3600.0, description="Seconds until a job that still waits may be published once more."
+    )
+    orphan_scan_s: float = Field(
+        60.0, gt=0.0, le=86400.0, description="Seconds between two searches for files that belong to no job."
+    )
+    worker_heartbeat_s: float = Field(
+        2.0, gt=0.0, le=60.0, description="Seconds between two signs of life of a sampling process."
+    )
+    job_time_limit_s: int = Field(
+        3600, ge=10, le=86400, description="Seconds after which a run is ended by force; asked to end 10 % sooner."
+    )
+    stop_grace_s: float = Field(
+        20.0, gt=0.0, le=600.0, description="Seconds that a part of `serve` gets to stop before it is killed."
+    )
+
+    max_body_bytes: int = Field(
+        25 * _MIB, ge=1024, le=1024 * _MIB, description="Largest request body in bytes; more is answered with 413."
+    )
+    min_free_bytes: int = Field(
+        128 * _MIB, ge=0, description="Free bytes on the disk of data_dir below which no job is taken or started."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+
+    @field_validator("checkpoints", mode="before")
+    @classmethod
+    def _split_checkpoints(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [name.strip() for name in value.split(",") if name.strip()]
+        if isinstance(value, (list, tuple)) and len({str(name) for name in value}) != len(value):
+            raise ValueError("a checkpoint is named twice")
+        return value
+
+    @field_validator("redis_url")
+    @classmethod
+    def _check_redis_scheme(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            scheme = value.get_secret_value().partition("://")[0]
+            if scheme not in ("redis", "rediss", "redis+socket"):
+                raise ValueError("must start with redis://, rediss:// or redis+socket://")
+        return value
+
+    @field_validator("database_url")
+    @classmethod
+    def _check_database_scheme(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not value.get_secret_value().startswith(("sqlite:///", "postgresql")):
+            raise ValueError("must start with sqlite:/// or postgresql")
+        return value
+
+    @model_validator(mode="after")
+    def _check_relations(self) -> "Settings":
+        if self.heartbeat_s > self.lease_s / 2:
+            raise ValueError(f"heartbeat_s ({self.heartbeat_s:g}) must be at most half of lease_s ({self.lease_s:g})")
+        return self
+
+    @property
+    def database_address(self) -> str:
+        """SQLAlchemy URL of the database, password included."""
+        if self.database_url is not None:
+            return self.database_url.get_secret_value()
+        return f"sqlite:///{self.data_dir.resolve() / 'medsora.db'}"
+
+    @property
+    def artifacts_dir(self) -> Path:
+        """Folder of the finished videos."""
+        return self.data_dir / "artifacts"
+
+    def broker_address(self) -> str:
+        """URL of the broker.
+
+        Raises:
+            SettingsError: None is set.
+        """
+        if self.redis_url is None:
+            raise SettingsError(f"{ENV_PREFIX}REDIS_URL is not set; set it, or run `medsora-server serve`")
+        return self.redis_url.get_secret_value()
+
+    def environment(self) -> dict[str, str]:
+        """The ``MEDSORA_*`` variables that give a child process these same settings."""
+        variables: dict[str, str] = {}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, SecretStr):
+                text = value.get_secret_value()
+            elif isinstance(value, tuple):
+                text = ",".join(value)
+            elif isinstance(value, (bool, int, float)):
+                text = json.dumps(value)
+            else:
+                text = str(value)
+            variables[ENV_PREFIX + name.upper()] = text
+        return variables
+
+
+def check_environment(environment: Mapping[str, str]) -> None:
+    """Refuse ``MEDSORA_*`` variables that no setting reads.
+
+    Raises:
+        SettingsError: Names every unknown variable, and the nearest known one where there is any.
+    """
+    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+    problems = []
+    for variable in sorted(environment):
+        if variable.upper().startswith(ENV_PREFIX) and variable.upper() not in known:
+            near = difflib.get_close_matches(variable.upper(), known, n=1)
+            problems.append(variable + (f" (did you mean {near[0]}?)" if near else ""))
+    if problems:
+        raise SettingsError(f"unknown environment variables: {', '.join(problems)}")
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Read the environment; ``overrides`` (None is left out) win over it.
+
+    Raises:
+        SettingsError: An unknown variable, or a bad value; the message names each.
+    """
+    check_environment(os.environ)
+    try:
+        return Settings(**{name: value for name, value in overrides.items() if value is not None})
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors(include_input=False, include_url=False):
+            name = str(problem["loc"][0]) if problem["loc"] else ""
+            lines.append(f"{ENV_PREFIX}{name.upper()}: {problem['msg']}" if name else problem["msg"])
+        raise SettingsError("; ".join(lines)) from None
+
+
+@lru_cache(maxsize=1)
+def get_settings() -> Settings:
+    """Settings of this process, read from the environment once.
+
+    Raises:
+        SettingsError: See :func:`load_settings`.
+    """
+    return load_settings()

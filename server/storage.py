@@ -1,0 +1,182 @@
+"""Finished videos on disk. A name that a client can ask for always holds a whole, checked file.
+
+Files lie in ``<root>/<2 hex digits>/<job id>.<attempt>.mp4``; while one is written it is called
+``<job id>.<attempt>.part.mp4`` in the same folder. The attempt in the name keeps apart two workers that believe
+to own one job. This module knows no video format: how to write and to check a file is handed in.
+"""
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["ArtifactInfo", "ArtifactStore", "StorageFullError", "StoredFile", "job_id_of"]
+
+_NAME = re.compile(r"(?P<shard>[0-9a-f]{2})/(?P<job>video_[0-9a-f]{32})\.(?P<attempt>[0-9]{1,9})(?P<part>\.part)?\.mp4")
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+class StorageFullError(Exception):
+    """There is no room for the file; nothing of it is left."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactInfo:
+    """A file that was written: its name in the store, size and hash."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFile:
+    """A file found in the store."""
+
+    name: str
+    job_id: str
+    attempt: int
+    is_partial: bool
+    age_s: float
+    """Seconds since it was last written."""
+
+
+class ArtifactStore:
+    """Folder of videos on a local disk.
+
+    Args:
+        root: Made when the first file is written.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def write(
+        self, job_id: str, attempt: int, write: Callable[[Path], None], check: Callable[[Path], None]
+    ) -> ArtifactInfo:
+        """Let ``write`` make a file and publish it under its final name once ``check`` accepts it.
+
+        Args:
+            write: Called with a temporary path that ends in ``.mp4``.
+            check: Called with the same path when the content is on disk; raises to refuse it.
+
+        Raises:
+            StorageFullError: No room. Whatever else ``write`` or ``check`` raise goes through. In each case no
+                file is left.
+        """
+        name = _name(job_id, attempt)
+        target = self.root / name
+        partial = target.with_suffix(".part.mp4")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write(partial)
+            _sync(partial)
+            check(partial)
+            size_bytes, sha256 = _digest(partial)
+            partial.replace(target)
+            _sync(target.parent)
+        except BaseException as error:
+            partial.unlink(missing_ok=True)
+            if _is_full(error):
+                raise StorageFullError(f"no room for {name} below {self.root}") from error
+            raise
+        return ArtifactInfo(name=name, size_bytes=size_bytes, sha256=sha256)
+
+    def path(self, name: str) -> Path:
+        """Path of a stored file.
+
+        Raises:
+            ValueError: Not a name of this store.
+        """
+        if _NAME.fullmatch(name) is None:
+            raise ValueError(f"not the name of an artifact: {name!r}")
+        return self.root / name
+
+    def remove(self, name: str) -> None:
+        """Remove a file for good; nothing happens when it is not there."""
+        path = self.path(name)
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            return
+        _sync(path.parent)
+
+    def remove_attempts(self, job_id: str, *, before: int | None = None) -> None:
+        """Remove all files of a job, whole or partial; with ``before`` only those of earlier attempts."""
+        for path in (self.root / _shard(job_id)).glob(f"{job_id}.*.mp4"):
+            match = _NAME.fullmatch(f"{path.parent.name}/{path.name}")
+            if match is not None and (before is None or int(match["attempt"]) < before):
+                path.unlink(missing_ok=True)
+
+    def files(self) -> Iterator[StoredFile]:
+        """All files of the store, in no order. Files that it did not make are left out."""
+        now = time.time()
+        for shard in sorted(self.root.glob("[0-9a-f][0-9a-f]")):
+            for entry in os.scandir(shard):
+                match = _NAME.fullmatch(f"{shard.name}/{entry.name}")
+                if match is None:
+                    continue
+                try:
+                    modified = entry.stat().st_mtime
+                except FileNotFoundError:
+                    continue
+                yield StoredFile(
+                    name=match.group(),
+                    job_id=match["job"],
+                    attempt=int(match["attempt"]),
+                    is_partial=match["part"] is not None,
+                    age_s=now - modified,
+                )
+
+    def free_bytes(self) -> int:
+        """Free bytes on the disk that holds the store (or will)."""
+        folder = self.root
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
+
+
+def job_id_of(name: str) -> str | None:
+    """Job that a stored file belongs to, or None when it is no name of a store."""
+    match = _NAME.fullmatch(name)
+    return None if match is None else match["job"]
+
+
+def _shard(job_id: str) -> str:
+    return job_id.removeprefix("video_")[:2]
+
+
+def _name(job_id: str, attempt: int) -> str:
+    name = f"{_shard(job_id)}/{job_id}.{attempt}.mp4"
+    if _NAME.fullmatch(name) is None:
+        raise ValueError(f"not a job id: {job_id!r}")
+    return name
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is the disk, the quota or the file size limit being used up."""
+    seen = 0
+    while error is not None and seen < 10:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        error, seen = error.__cause__ or error.__context__, seen + 1
+    return False
+
+
+def _sync(path: Path) -> None:
+    """Bring a file's content, or a folder's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(path: Path) -> tuple[int, str]:
+    with path.open("rb") as file:
+        return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
