@@ -202,7 +202,7 @@ def role_of(process: psutil.Process) -> str:
     for role in ("redis", "worker", "reaper", "api"):
         if role in words:
             return role
-    return process.name()
+    return str(process.name())
 
 
 def print_result(result: dict[str, Any]) -> None:
