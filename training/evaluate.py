@@ -63,7 +63,7 @@ def allocate_labels(counts: Sequence[int], total: int) -> list[int]:
     """Split ``total`` in proportion to ``counts``, exactly (largest remainders); at least 1 each if it fits.
 
     >>> allocate_labels([70, 29, 1], 10)
-    [7, 2, 1]
+    [6, 3, 1]
     """
     whole = sum(counts)
     shares = [total * count / whole for count in counts]

@@ -82,7 +82,8 @@ def ssim(video: Float[Tensor, "b c f h w"], other: Float[Tensor, "b c f h w"]) -
     Gaussian weights of standard deviation 1.5 over 11x11 pixels, K1 = 0.01, K2 = 0.03, no border: the
     settings of Wang et al. 2004 (IEEE TIP 13(4), section III.C).
     """
-    x, y = (rearrange(clip.double(), "b c f h w -> (b c f) 1 h w") for clip in (video, other))
+    # black must be 0: the brightness term compares ratios of means
+    x, y = (rearrange((clip.double() + 1.0) / 2.0, "b c f h w -> (b c f) 1 h w") for clip in (video, other))
     offsets = torch.arange(-5, 6, dtype=torch.float64, device=video.device)
     kernel = torch.exp(-0.5 * (offsets / 1.5) ** 2)
     kernel = kernel / kernel.sum()
@@ -90,8 +91,7 @@ def ssim(video: Float[Tensor, "b c f h w"], other: Float[Tensor, "b c f h w"]) -
     def blur(image: Tensor) -> Tensor:
         return F.conv2d(F.conv2d(image, kernel[None, None, :, None]), kernel[None, None, None, :])
 
-    data_range = 2.0
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    c1, c2 = 0.01**2, 0.03**2
     mean_x, mean_y = blur(x), blur(y)
     variance_x = blur(x * x) - mean_x.square()
     variance_y = blur(y * y) - mean_y.square()

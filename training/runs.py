@@ -215,7 +215,7 @@ def load_result(directory: Path, *, part: str) -> RunResult:
     if digest != about.get("sha256"):
         raise TrainingError(f"{folder}/weights.safetensors does not have the hash that result.json says")
     if config.part != part:
-        raise TrainingError(f"{directory} is the run of a {config.part}, not of a {part}")
+        raise TrainingError(f"{directory} holds a run of part {config.part}, not {part}")
     return RunResult(config=config, weights=weights, about=about)
 
 

@@ -1,0 +1,156 @@
+"""From clips to a generated video through the command line, and what the exported checkpoint says of itself."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from medsora.checkpoint import load_checkpoint
+from medsora.manifest import read_manifest
+from medsora.pipeline import VideoPipeline
+from medsora.request import resolve_label, resolve_request
+from training.cli import app
+from training.errors import TrainingError
+from training.evaluate import EvaluationConfig, evaluate_checkpoint
+from training.export import describe_labels, export_checkpoint
+from training.recipes import recipe
+from training.runs import load_autoencoder, load_result
+from training.squeezenet import SqueezeNet
+
+LOOP = ["--set", "loop.steps=6", "--set", "loop.checkpoint_every=3", "--device", "cpu"]
+
+
+def medsora_train(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def made(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the runs ``ae`` and ``dn`` and the checkpoint ``checkpoint``, all made by the command line."""
+    root = tmp_path_factory.mktemp("made")
+    medsora_train("autoencoder", "autoencoder_tiny", "--data", table, "--out", root / "ae", *LOOP)
+    denoiser = ("denoiser", "denoiser_tiny", "--data", table, "--autoencoder", root / "ae", "--out", root / "dn")
+    assert "finished at step 6" in medsora_train(*denoiser, *LOOP)
+    assert "resumed at step 6" in medsora_train(*denoiser, *LOOP, "--resume")
+    (root / "report.json").write_text('{"reconstruction": {"psnr_db": 30.5}}', encoding="utf-8")
+    output = medsora_train(
+        "export", "--autoencoder", root / "ae", "--denoiser", root / "dn", "--out", root / "checkpoint",
+        "--name", "lung-test", "--report", root / "report.json", "--steps", 3, "--guidance", 2,
+    )  # fmt: skip
+    assert "3 labels" in output
+    return root
+
+
+def test_the_checkpoint_generates_a_clip(made: Path) -> None:
+    pipeline = VideoPipeline.from_checkpoint(made / "checkpoint", device="cpu")
+    request = resolve_request(pipeline.manifest, label="viral-linear", seed=5)
+    assert (request.num_inference_steps, request.guidance_scale, request.num_frames) == (3, 2.0, 16)
+    (clip,) = pipeline([request])
+    assert clip.shape == (16, 32, 32, 3)
+    assert clip.dtype == np.uint8
+
+
+def test_weights_are_the_averaged_ones_and_work_the_same(made: Path) -> None:
+    loaded = load_checkpoint(made / "checkpoint")
+    coder, _ = load_autoencoder(made / "ae")
+    video = torch.rand(1, 3, 16, 32, 32) * 2 - 1
+    assert torch.equal(loaded.autoencoder.encode(video), coder.encode(video))
+    for name, value in load_result(made / "dn", part="denoiser").weights.items():
+        assert torch.equal(loaded.denoiser.state_dict()[name], value.float())
+    average = load_file(made / "dn" / "checkpoints" / "step-00000006" / "average.safetensors")
+    stored = load_file(made / "checkpoint" / "denoiser.safetensors")
+    for name, value in average.items():
+        assert torch.equal(stored[name], value.half())
+
+
+def test_the_manifest_tells_labels_data_and_training(made: Path) -> None:
+    manifest = read_manifest(made / "checkpoint")
+    assert manifest.label_names == ("regular-convex", "covid-convex", "viral-linear")
+    assert resolve_label(manifest, "COVID-19").name == "covid-convex"
+    assert resolve_label(manifest, "Normal lung, curvilinear").name == "regular-convex"
+    files = {entry["file"]: entry for entry in manifest.training_data}
+    assert set(files) == {"clip0.mp4", "clip1.mp4", "clip2.mp4", "clip3.mp4"}  # no test clip, no uncertain one
+    assert files["clip2.mp4"] == {
+        "file": "clip2.mp4", "label": "covid-convex", "licence": "CC BY 4.0", "source": "made for tests",
+        "attribution": "Author 2",
+    }  # fmt: skip
+    assert manifest.limits.fps == 8.0
+    assert manifest.limits.sizes == ((32, 32),)
+    assert manifest.training["denoiser"]["step"] == 6
+    assert manifest.training["autoencoder"]["recipe"] == "autoencoder_tiny"
+    assert manifest.metrics == {"reconstruction": {"psnr_db": 30.5}}
+
+
+def test_a_second_denoiser_may_start_from_the_checkpoint(made: Path, table: Path, tmp_path: Path) -> None:
+    medsora_train(
+        "denoiser", "denoiser_tiny", "--data", table, "--autoencoder", made / "checkpoint", "--out", tmp_path / "dn",
+        "--init", made / "checkpoint", "--set", "loop.steps=1", "--device", "cpu",
+    )  # fmt: skip
+    manifest = export_checkpoint(
+        tmp_path / "c", autoencoder_run=made / "checkpoint", denoiser_run=tmp_path / "dn", name="again"
+    )
+    assert manifest.training["autoencoder"] == read_manifest(made / "checkpoint").training["autoencoder"]
+    assert (tmp_path / "c/autoencoder.safetensors").read_bytes() == (
+        made / "checkpoint/autoencoder.safetensors"
+    ).read_bytes()
+
+
+def test_parts_that_do_not_belong_together_are_refused(made: Path, table: Path, tmp_path: Path) -> None:
+    medsora_train(
+        "autoencoder", "autoencoder_tiny", "--data", table, "--out", tmp_path / "ae", "--set", "loop.seed=1", *LOOP
+    )
+    with pytest.raises(TrainingError, match="was not trained on the autoencoder"):
+        export_checkpoint(tmp_path / "c", autoencoder_run=tmp_path / "ae", denoiser_run=made / "dn", name="x")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work", encoding="utf-8")
+    with pytest.raises(TrainingError, match="choose another folder"):
+        export_checkpoint(tmp_path / "mine", autoencoder_run=made / "ae", denoiser_run=made / "dn", name="x")
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+    assert not (tmp_path / "c").exists()
+
+
+def test_labels_need_words() -> None:
+    with pytest.raises(TrainingError, match="no words are known"):
+        describe_labels([{"finding": "cyst", "probe": "convex"}])
+
+
+def test_evaluation_writes_a_report_and_sheets(made: Path, table: Path, tmp_path: Path) -> None:
+    figures = evaluate_checkpoint(
+        made / "checkpoint", tmp_path, table=table, data=recipe("denoiser_tiny").data, squeezenet=SqueezeNet().eval(),
+        device=torch.device("cpu"), settings=EvaluationConfig(num_samples=7, batch_size=4, sheet_clips=1),
+        report=lambda text: None,
+    )  # fmt: skip
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == figures
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "report.json", "samples.png", "reconstruction.png", "nearest.png"
+    }  # fmt: skip
+    assert sum(figures["samples"]["per_label"].values()) == 7
+    distances = figures["frechet"]["all_labels"]
+    assert distances["samples"] == distances["train_windows"] == 7
+    assert distances["frechet_squeezenet"]["samples_to_test"] > 0
+    assert "fid" not in json.dumps(figures).lower()
+    assert "fvd" not in json.dumps(figures).lower()
+    assert set(figures["motion"]) == {"test_split", "regular-convex", "covid-convex", "viral-linear"}
+
+
+def test_the_command_line_explains_mistakes(table: Path, tmp_path: Path) -> None:
+    runner = CliRunner()
+    start = ["autoencoder", "autoencoder_tiny", "--data", str(table), "--out", str(tmp_path)]
+    for arguments, message in (
+        ([*start, "--set", "loop.step=5"], "is no field of the recipe"),
+        ([*start, "--device", "abacus"], "is not available here"),
+        (["denoiser", "huge", "--data", "x", "--autoencoder", "x", "--out", "x"], "recipe must be one of"),
+    ):
+        result = runner.invoke(app, arguments)
+        assert result.exit_code == 2
+        assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_command_names_are_fixed() -> None:
+    assert {command.name for command in app.registered_commands} == {"autoencoder", "denoiser", "evaluate", "export"}

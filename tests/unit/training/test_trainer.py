@@ -1,0 +1,234 @@
+"""The loop: it learns, resumes to the bit, stops cleanly, and notices what is not finite."""
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from training.checkpointing import load_newest
+from training.config import OptimizerConfig, TrainConfig, override
+from training.errors import NonFiniteError, TrainingError
+from training.recipes import recipe
+from training.runs import load_result, train_autoencoder, train_denoiser
+from training.trainer import learning_rate_at, step_seed, train
+
+CPU = torch.device("cpu")
+
+
+class Regression:
+    """A task small enough for many runs: fit a line, with dropout, so that every random number counts."""
+
+    def __init__(self, *, poison_at: int | None = None, interrupt_at: int | None = None) -> None:
+        torch.manual_seed(7)
+        self.model: nn.Module = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
+        self.calls, self.poison_at, self.interrupt_at = 0, poison_at, interrupt_at
+
+    def compile(self) -> None:
+        raise AssertionError("not asked for")
+
+    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        x = torch.randn(16, 4, generator=generator)
+        loss = (self.model(x)[:, 0] - x.sum(dim=1)).square().mean()
+        if self.calls == self.poison_at:
+            loss = loss * float("nan")
+        if self.calls == self.interrupt_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.calls += 1
+        return loss, {"mse": loss.detach()}
+
+    def evaluate(self, average: nn.Module) -> dict[str, float]:
+        return {"norm": float(sum(parameter.square().sum() for parameter in average.parameters()))}
+
+
+def config(**loop: object) -> TrainConfig:
+    base = recipe("autoencoder_tiny")
+    return dataclasses.replace(
+        base,
+        loop=dataclasses.replace(base.loop, steps=60, checkpoint_every=20, evaluate_every=60, **loop),  # type: ignore[arg-type]
+    )
+
+
+def quiet(text: str) -> None:
+    """Progress is not looked at here."""
+
+
+class KilledError(Exception):
+    pass
+
+
+def assert_same_state(first: Path, second: Path) -> None:
+    states = [load_newest(folder / "checkpoints", report=pytest.fail) for folder in (first, second)]
+    assert states[0] is not None
+    assert states[1] is not None
+    assert states[0].step == states[1].step
+    for group in ("model", "average", "optimizer"):
+        ours, theirs = (getattr(state, group) for state in states)
+        assert ours.keys() == theirs.keys()
+        assert len(ours) > 0
+        for name, value in ours.items():
+            assert torch.equal(value, theirs[name]), f"{group}/{name}"
+
+
+def losses(folder: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+@pytest.mark.parametrize("killed_at", [30, 50])
+def test_a_killed_run_resumes_to_the_bit(tmp_path: Path, killed_at: int) -> None:
+    def die(text: str) -> None:
+        if text.startswith(f"step {killed_at}/"):
+            raise KilledError
+
+    train(Regression(), config(), tmp_path / "whole", device=CPU, report=quiet)
+    with pytest.raises(KilledError):
+        train(Regression(), config(), tmp_path / "cut", device=CPU, report=die)
+    said: list[str] = []
+    result = train(Regression(), config(), tmp_path / "cut", device=CPU, is_resuming=True, report=said.append)
+    assert f"resumed at step {killed_at - 10}" in said
+    assert (result.step, result.is_finished) == (60, True)
+    assert_same_state(tmp_path / "whole", tmp_path / "cut")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    train(Regression(), config(), tmp_path / "whole", device=CPU, report=quiet)
+    result = train(Regression(interrupt_at=33), config(), tmp_path / "cut", device=CPU, report=quiet)
+    assert (result.step, result.is_finished, result.reason) == (34, False, "SIGTERM received")
+    assert signal.getsignal(signal.SIGTERM) is before
+    train(Regression(), config(), tmp_path / "cut", device=CPU, is_resuming=True, report=quiet)
+    assert_same_state(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_the_time_budget_stops_and_saves(tmp_path: Path) -> None:
+    result = train(Regression(), config(), tmp_path / "a", device=CPU, time_budget_s=1e-9, report=quiet)
+    assert (result.step, result.is_finished) == (0, False)
+    assert "time budget" in result.reason
+    resumed = train(Regression(), config(), tmp_path / "a", device=CPU, is_resuming=True, report=quiet)
+    assert resumed.is_finished
+    train(Regression(), config(), tmp_path / "whole", device=CPU, report=quiet)
+    assert_same_state(tmp_path / "whole", tmp_path / "a")
+
+
+def test_total_seconds_end_the_run_with_an_evaluation(tmp_path: Path) -> None:
+    timed = config(total_seconds=1e-9, clock="seconds")
+    result = train(Regression(), timed, tmp_path, device=CPU, report=quiet)
+    assert (result.step, result.is_finished) == (0, True)
+    assert set(result.metrics) == {"norm"}
+
+
+def test_nan_stops_the_run_and_names_the_step(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match="step 33") as caught:
+        train(Regression(poison_at=33), config(), tmp_path, device=CPU, report=quiet)
+    assert caught.value.step == 33
+    state = load_newest(tmp_path / "checkpoints", report=pytest.fail)
+    assert state is not None
+    assert state.step == 20
+    assert all(value.isfinite().all() for value in state.model.values())
+
+
+def test_nan_is_never_saved_even_between_log_lines(tmp_path: Path) -> None:
+    rare = config(log_every=1000)
+    with pytest.raises(NonFiniteError, match="step 25"):
+        train(Regression(poison_at=25), rare, tmp_path, device=CPU, report=quiet)
+    state = load_newest(tmp_path / "checkpoints", report=pytest.fail)
+    assert state is not None
+    assert state.step == 20
+
+
+def test_another_run_in_the_folder_is_not_overwritten(tmp_path: Path) -> None:
+    train(Regression(), config(), tmp_path, device=CPU, report=quiet)
+    with pytest.raises(TrainingError, match="--resume"):
+        train(Regression(), config(), tmp_path, device=CPU, report=quiet)
+    other = override(config(), ["optimizer.learning_rate=0.5"])
+    with pytest.raises(TrainingError, match=r"optimizer.learning_rate: 0.002 -> 0.5"):
+        train(Regression(), other, tmp_path, device=CPU, is_resuming=True, report=quiet)
+
+
+def test_learning_rate_warms_up_and_falls() -> None:
+    schedule = OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_fraction=0.1)
+    assert learning_rate_at(schedule, 0, 0.0) == 0.1
+    assert learning_rate_at(schedule, 99, 0.0) == 1.0
+    assert abs(learning_rate_at(schedule, 99, 0.5) - 0.55) < 1e-12
+    assert abs(learning_rate_at(schedule, 99, 1.0) - 0.1) < 1e-12
+    constant = dataclasses.replace(schedule, schedule="constant")
+    assert learning_rate_at(constant, 99, 0.9) == 1.0
+
+
+def test_step_seeds_differ() -> None:
+    seeds = {step_seed(seed, step) for seed in range(20) for step in range(-1, 500)}
+    assert len(seeds) == 20 * 501
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.fixture(scope="module")
+def autoencoder_run(tmp_path_factory: pytest.TempPathFactory, table: Path) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "autoencoder"
+    settings = override(recipe("autoencoder_tiny"), ["loop.steps=80"])
+    train_autoencoder(settings, folder, table=table, squeezenet=None, device=CPU, report=quiet)
+    return folder
+
+
+def test_the_autoencoder_learns_speckle(autoencoder_run: Path) -> None:
+    found = losses(autoencoder_run)
+    assert found[80] < 0.7 * found[1]
+
+
+def test_latents_are_standardised_over_the_training_windows(autoencoder_run: Path, table: Path) -> None:
+    from training.data.latents import encode_windows
+    from training.runs import load_autoencoder, load_split
+
+    made = load_result(autoencoder_run, part="autoencoder")
+    coder, _ = load_autoencoder(autoencoder_run)
+    clips = load_split(table, made.config.data, made.config.model, "train", device=CPU)
+    latents = encode_windows(coder, clips, has_flips=False, batch_size=16).latents.float()
+    assert latents.mean(dim=(0, 2, 3, 4)).abs().max() < 0.02
+    assert (latents.std(dim=(0, 2, 3, 4)) - 1).abs().max() < 0.02
+    # mirrored windows follow, and are coded from mirrored pixels, not mirrored latents
+    both = encode_windows(coder, clips, has_flips=True, batch_size=16)
+    assert torch.equal(both.latents[: len(clips)].float(), latents)
+    assert len(both) == 2 * len(clips)
+    assert not torch.equal(both.latents[len(clips) :], both.latents[: len(clips)])
+    assert torch.equal(both.conditions[len(clips) :], clips.conditions)
+
+
+def test_the_denoiser_learns_and_its_latents_are_cached(autoencoder_run: Path, table: Path, tmp_path: Path) -> None:
+    settings = override(
+        recipe("denoiser_tiny"), ["loop.steps=100", "loop.batch_size=8", "optimizer.learning_rate=0.005"]
+    )
+    first = override(settings, ["loop.steps=1"])
+    options = {"table": table, "autoencoder": autoencoder_run, "device": CPU, "report": quiet}
+    before = train_denoiser(first, tmp_path, **options).metrics  # type: ignore[arg-type]
+    cache = tmp_path / "latents-train.safetensors"
+    stamp = cache.stat().st_mtime_ns
+    after = train_denoiser(settings, tmp_path, is_resuming=True, **options).metrics  # type: ignore[arg-type]
+    assert after["train_velocity_mse"] < 0.9 * before["train_velocity_mse"]
+    assert cache.stat().st_mtime_ns == stamp
+    cache.write_bytes(b"damaged")
+    train_denoiser(settings, tmp_path, is_resuming=True, **options)  # type: ignore[arg-type]
+    assert cache.stat().st_size > 1000
+
+
+def test_runs_refuse_what_does_not_belong(autoencoder_run: Path, table: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="holds a run of part autoencoder, not denoiser"):
+        load_result(autoencoder_run, part="denoiser")
+    with pytest.raises(TrainingError, match="recipe for the denoiser"):
+        train_autoencoder(recipe("denoiser_tiny"), tmp_path, table=table, squeezenet=None, device=CPU, report=quiet)
+    settings = override(recipe("autoencoder_tiny"), ["autoencoder_loss.perceptual=0.1"])
+    with pytest.raises(TrainingError, match="--squeezenet"):
+        train_autoencoder(settings, tmp_path, table=table, squeezenet=None, device=CPU, report=quiet)
+    settings = override(recipe("denoiser_tiny"), ["model.autoencoder.channels=[8, 8, 8]"])
+    with pytest.raises(TrainingError, match="another shape"):
+        train_denoiser(settings, tmp_path, table=table, autoencoder=autoencoder_run, device=CPU, report=quiet)
+    weights = tmp_path / "result" / "weights.safetensors"
+    weights.parent.mkdir()
+    (weights.parent / "result.json").write_bytes((autoencoder_run / "result" / "result.json").read_bytes())
+    weights.write_bytes((autoencoder_run / "result" / "weights.safetensors").read_bytes()[:-1] + b"!")
+    with pytest.raises(TrainingError, match=r"does not have the hash|no usable result"):
+        load_result(tmp_path, part="autoencoder")
