@@ -56,9 +56,9 @@ def denoiser_small() -> TrainConfig:
         part="denoiser",
         model=_model("small"),
         data=LUNG_DATA,
-        optimizer=OptimizerConfig(learning_rate=1e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=500),
+        optimizer=OptimizerConfig(learning_rate=1e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=300),
         loop=LoopConfig(
-            steps=30_000, batch_size=512, ema_decay=0.9995, compile=True, evaluate_every=2000, checkpoint_every=5000
+            steps=30_000, batch_size=256, ema_decay=0.999, compile=True, evaluate_every=2000, checkpoint_every=5000
         ),
     )
 

@@ -4,6 +4,9 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -173,6 +176,36 @@ def autoencoder_run(tmp_path_factory: pytest.TempPathFactory, table: Path) -> Pa
     settings = override(recipe("autoencoder_tiny"), ["loop.steps=80"])
     train_autoencoder(settings, folder, table=table, squeezenet=None, device=CPU, report=quiet)
     return folder
+
+
+@pytest.mark.slow
+def test_a_process_killed_outright_resumes_to_the_bit(table: Path, tmp_path: Path) -> None:
+    settings = ["loop.steps=200", "loop.checkpoint_every=10"]
+    options = [part for value in settings for part in ("--set", value)]
+    command = [sys.executable, "-m", "training.cli", "autoencoder", "autoencoder_tiny", "--data", str(table)]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "cut"), "--device", "cpu", *options],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "cut/checkpoints/step-00000020").is_dir():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    state = load_newest(tmp_path / "cut/checkpoints", report=pytest.fail)
+    assert state is not None
+    assert 20 <= state.step < 200
+    config = override(recipe("autoencoder_tiny"), settings)
+    for name, is_resuming in (("cut", True), ("whole", False)):
+        train_autoencoder(
+            config, tmp_path / name, table=table, squeezenet=None, device=CPU, is_resuming=is_resuming, report=quiet
+        )
+    assert_same_state(tmp_path / "whole", tmp_path / "cut")
+    results = [(tmp_path / name / "result/weights.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert results[0] == results[1]
 
 
 def test_the_autoencoder_learns_speckle(autoencoder_run: Path) -> None:
