@@ -27,7 +27,6 @@ def configure_logging(level: str) -> None:
     logging.basicConfig(
         stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s"
     )
-    logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 class HttpMetrics:

@@ -99,7 +99,7 @@ class Settings(BaseSettings):
         2.0, gt=0.0, le=60.0, description="Seconds between two signs of life of a sampling process."
     )
     job_time_limit_s: int = Field(
-        3600, ge=10, le=86400, description="Seconds after which a run is ended by force; asked to end 10 % sooner."
+        3600, ge=10, le=6600, description="Seconds after which a run is ended by force; asked to end 10 % sooner."
     )
     stop_grace_s: float = Field(
         20.0, gt=0.0, le=600.0, description="Seconds that a part of `serve` gets to stop before it is killed."

@@ -5,6 +5,7 @@ that writes takes the write lock at its beginning, so that two writers wait for 
 """
 
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,6 +100,7 @@ def _configure_sqlite(engine: Engine) -> None:
 
 def migrate(database: Database) -> None:
     """Bring the schema up to date; several processes may do so at once, one after the other does it."""
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every connection that it finds in order
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
     if database.is_sqlite:

@@ -335,6 +335,12 @@ class JobRepository:
             with self._database.write() as connection:
                 connection.execute(statement.values(published_at=database_now()))
 
+    def forget_published(self) -> None:
+        """Let all waiting jobs be published again: the broker that was told of them has lost its memory."""
+        statement = update(Job).where(Job.status == JobStatus.QUEUED, Job.published_at.is_not(None))
+        with self._database.write() as connection:
+            connection.execute(statement.values(published_at=None))
+
     def count_waiting(self) -> int:
         """Number of jobs in the queue."""
         with self._database.read() as connection:

@@ -1,0 +1,153 @@
+"""Console script ``medsora-server``: everything at once, or one part of it.
+
+The parts are imported by the command that runs them, so that ``--help`` needs none of them.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from server.settings import Settings
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="medsora-server",
+    help="Serve synthetic medical videos over HTTP. Settings are MEDSORA_* environment variables.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+HostOption = Annotated[str | None, typer.Option(help="Address to listen on (MEDSORA_HOST, 127.0.0.1).")]
+PortOption = Annotated[int | None, typer.Option(help="TCP port; 0 takes a free one (MEDSORA_PORT, 8000).")]
+DataOption = Annotated[Path | None, typer.Option(help="Folder of all data (MEDSORA_DATA_DIR, ./medsora-data).")]
+CheckpointOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Checkpoint to serve: a shipped name or a folder; repeatable (MEDSORA_CHECKPOINTS)."),
+]
+
+
+@app.command()
+def serve(
+    host: HostOption = None, port: PortOption = None, data_dir: DataOption = None, checkpoint: CheckpointOption = None
+) -> None:
+    """Start everything: Redis (unless MEDSORA_REDIS_URL is set), worker, API and reaper. Ctrl-C stops it."""
+    settings = _settings(host=host, port=port, data_dir=data_dir, checkpoints=tuple(checkpoint or ()) or None)
+    from medsora.errors import CheckpointError
+    from server.embedded import ServeError, Supervisor
+
+    try:
+        sys.exit(Supervisor(settings).run())
+    except (ServeError, CheckpointError) as error:
+        _fail(error)
+
+
+@app.command()
+def api(
+    host: HostOption = None,
+    port: PortOption = None,
+    fd: Annotated[int | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Serve HTTP. Needs MEDSORA_REDIS_URL, and workers elsewhere that share database and data folder."""
+    settings = _settings(host=host, port=port)
+    import socket
+
+    import uvicorn
+
+    from medsora.errors import CheckpointError
+    from server.app import create_app
+    from server.observability import configure_logging
+
+    configure_logging(settings.log_level)
+    try:
+        application = create_app(settings)
+    except (CheckpointError, ValueError) as error:
+        _fail(error)
+    config = uvicorn.Config(
+        application,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+        h11_max_incomplete_event_size=64 * 1024,
+    )
+    uvicorn.Server(config).run(sockets=None if fd is None else [socket.socket(fileno=fd)])
+
+
+@app.command()
+def worker() -> None:
+    """Sample videos. Needs MEDSORA_REDIS_URL; shares database and data folder with the API."""
+    settings = _settings()
+    from server.settings import SettingsError
+    from server.worker.celery_app import make_celery, worker_arguments
+
+    try:
+        make_celery(settings).worker_main(worker_arguments(settings))
+    except SettingsError as error:
+        _fail(error)
+
+
+@app.command()
+def reaper() -> None:
+    """Return jobs of lost workers to the queue. Run at least one; more do no harm."""
+    settings = _settings()
+    import signal
+    import threading
+
+    from server.jobs.database import Database, migrate
+    from server.jobs.queue import JobQueue
+    from server.jobs.repository import JobRepository
+    from server.jobs.workers import WorkerRegistry
+    from server.observability import configure_logging
+    from server.reaper import Reaper
+    from server.settings import SettingsError
+    from server.storage import ArtifactStore
+
+    configure_logging(settings.log_level)
+    try:
+        queue = JobQueue(settings.broker_address())
+    except SettingsError as error:
+        _fail(error)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    database = Database(settings.database_address)
+    migrate(database)
+    Reaper(
+        settings,
+        repository=JobRepository(database, lease_s=settings.lease_s, max_attempts=settings.max_attempts),
+        workers=WorkerRegistry(database, heartbeat_s=settings.worker_heartbeat_s),
+        store=ArtifactStore(settings.artifacts_dir),
+        queue=queue,
+    ).run(stop)
+    queue.close()
+    database.close()
+
+
+def _settings(**overrides: object) -> "Settings":
+    from server.settings import SettingsError, load_settings
+
+    try:
+        return load_settings(**overrides)
+    except SettingsError as error:
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    typer.echo(f"medsora-server: {error}", err=True)
+    raise typer.Exit(2)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

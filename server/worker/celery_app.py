@@ -1,0 +1,75 @@
+"""Celery, set up so that the database row stays the truth and no job is lost with a process or a message.
+
+Every setting here has been measured against killed workers, brokers and connections. Prefork with spawn: other
+pools ignore time limits in silence, and CUDA does not survive a fork.
+"""
+
+from typing import Any
+
+from celery import Celery
+
+from server.jobs.queue import QUEUE_NAME, VISIBILITY_TIMEOUT_S, transport_options
+from server.settings import Settings
+
+__all__ = ["make_celery", "worker_arguments"]
+
+
+def make_celery(settings: Settings) -> Celery:
+    """The Celery application of a worker.
+
+    Raises:
+        SettingsError: No broker is set.
+    """
+    app = Celery("medsora", include=["server.worker.tasks"])
+    app.conf.update(
+        broker_url=settings.broker_address(),
+        task_default_queue=QUEUE_NAME,
+        # The message is acknowledged after the run, so nothing is reserved behind a long job.
+        task_acks_late=True,
+        # A message that comes back by itself has no cap of attempts; the reaper publishes again, and counts.
+        task_reject_on_worker_lost=False,
+        task_acks_on_failure=True,
+        task_acks_on_timeout=True,
+        worker_prefetch_multiplier=1,
+        worker_concurrency=settings.worker_processes,
+        worker_pool="prefork",
+        worker_pool_start_method="spawn",
+        worker_proc_alive_timeout=120,
+        worker_max_memory_per_child=settings.worker_max_memory_mib * 1024,
+        task_soft_time_limit=settings.job_time_limit_s * 9 // 10,
+        task_time_limit=settings.job_time_limit_s,
+        # True kills the running job when Redis restarts, and acknowledges it.
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        worker_soft_shutdown_timeout=60,
+        worker_enable_soft_shutdown_on_idle=True,
+        # No result backend: it would be a second way in which Redis can stop a job.
+        task_ignore_result=True,
+        result_backend=None,
+        task_serializer="json",
+        accept_content=["json"],
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_transport_options=transport_options(socket_timeout_s=10, connect_timeout_s=5),
+        visibility_timeout=VISIBILITY_TIMEOUT_S,
+        worker_send_task_events=False,
+        task_send_sent_event=False,
+        worker_redirect_stdouts=False,
+    )
+    return app
+
+
+def worker_arguments(settings: Settings) -> list[str]:
+    """Command line of the Celery worker, for ``Celery.worker_main``."""
+    return [
+        "worker",
+        f"--loglevel={settings.log_level.upper()}",
+        "--without-gossip",
+        "--without-mingle",
+        "--without-heartbeat",
+    ]
+
+
+def child_process_ids(worker: Any) -> list[int]:
+    """Process ids of a worker's sampling processes."""
+    pool = getattr(getattr(worker, "pool", None), "_pool", None)
+    return [process.pid for process in getattr(pool, "_pool", []) if process.pid is not None]

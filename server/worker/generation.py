@@ -1,0 +1,216 @@
+"""One job from claim to commit: sample, encode, store, publish; or say why not.
+
+Whatever happens, the job is settled here, unless the process dies or the database cannot be reached: then the
+lease runs out and the reaper settles it.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from celery.exceptions import SoftTimeLimitExceeded
+from sqlalchemy.exc import SQLAlchemyError
+
+from medsora.errors import BackendError, CheckpointError, MedsoraError, VideoError
+from medsora.request import GenerationRequest
+from medsora.video_io import probe_video, write_mp4
+from server.checkpoints import ServedCheckpoint
+from server.jobs.queue import JobQueue, QueueError
+from server.jobs.repository import Claim, FinishedWork, JobRecord
+from server.storage import ArtifactInfo, StorageFullError
+from server.worker.progress import ClaimKeeper, ClaimLost, JobCanceled, WorkerStopping
+from server.worker.runtime import WorkerRuntime
+
+__all__ = ["run_job", "video_metadata"]
+
+logger = logging.getLogger(__name__)
+
+
+def run_job(runtime: WorkerRuntime, job_id: str) -> None:
+    """Make the video of a job, if it is still to be made and nobody else is at it."""
+    claim = runtime.repository.claim(job_id, worker=runtime.worker_id)
+    if claim is None:
+        logger.info("%s is not to be had: a second message, or it was cancelled", job_id)
+        return
+    settings = runtime.settings
+    keeper = ClaimKeeper(
+        runtime.repository,
+        claim,
+        lease_s=settings.lease_s,
+        heartbeat_s=settings.heartbeat_s,
+        progress_interval_s=settings.progress_interval_s,
+        stopping=runtime.stopping,
+    )
+    try:
+        with keeper:
+            work = _make(runtime, claim, keeper)
+        if not _settle(lambda: runtime.repository.succeed(job_id, claim.token, work)):
+            _withdraw(runtime, claim, work.artifact)
+    except JobCanceled:
+        _settle(lambda: runtime.repository.finish_cancel(job_id, claim.token))
+        logger.info("%s was cancelled", job_id)
+    except ClaimLost:
+        logger.warning("%s belongs to another worker now", job_id)
+    except WorkerStopping:
+        _hand_back(runtime, claim)
+    except Exception as error:
+        code, message = _explain(error)
+        logger.exception("%s failed: %s", job_id, code)
+        _settle(lambda: runtime.repository.fail(job_id, claim.token, code=code, message=message))
+        _leave_if_broken(error)
+
+
+def _make(runtime: WorkerRuntime, claim: Claim, keeper: ClaimKeeper) -> FinishedWork:
+    job = claim.job
+    keeper.check()
+    if runtime.store.free_bytes() < runtime.settings.min_free_bytes:
+        raise StorageFullError("too little free disk space to begin")
+    checkpoint, pipeline = runtime.pipeline(job.model)
+    request = GenerationRequest(
+        label=job.label,
+        seed=job.seed,
+        num_frames=job.num_frames,
+        height=job.height,
+        width=job.width,
+        num_inference_steps=job.num_inference_steps,
+        guidance_scale=job.guidance_scale,
+        sampler=job.sampler,
+    )
+    began = time.monotonic()
+    frames = pipeline([request], on_step=keeper.on_step)[0]
+    sampled = time.monotonic()
+    keeper.check()
+    encoded = sampled
+
+    def write(path: Path) -> None:
+        nonlocal encoded
+        encode_began = time.monotonic()
+        write_mp4(path, frames, fps=job.fps, metadata=video_metadata(job, checkpoint))
+        encoded = time.monotonic() - encode_began
+
+    store_began = time.monotonic()
+    info = _store(runtime, claim, frames, write)
+    return FinishedWork(
+        artifact=info.name,
+        size_bytes=info.size_bytes,
+        sha256=info.sha256,
+        sampling_s=sampled - began,
+        encode_s=encoded,
+        store_s=time.monotonic() - store_began - encoded,
+    )
+
+
+def _store(
+    runtime: WorkerRuntime,
+    claim: Claim,
+    frames: np.ndarray[tuple[int, ...], np.dtype[np.uint8]],
+    write: Callable[[Path], None],
+) -> ArtifactInfo:
+    def check(path: Path) -> None:
+        info = probe_video(path)
+        if (info.num_frames, info.height, info.width) != frames.shape[:3]:
+            raise VideoError(f"the file holds {info.num_frames} frames of {info.width}x{info.height}")
+        if "comment" not in info.metadata:
+            raise VideoError("the file does not say that it is synthetic")
+
+    try:
+        return runtime.store.write(claim.job.id, claim.token, write, check)
+    except VideoError as error:
+        # Some writers notice a full disk only by a file that is cut off.
+        if runtime.store.free_bytes() < frames.nbytes:
+            raise StorageFullError("no room for the video") from error
+        raise
+
+
+def video_metadata(job: JobRecord, checkpoint: ServedCheckpoint) -> dict[str, str]:
+    """Container metadata of a video: that it is synthetic, and what made it.
+
+    Nothing in it changes between two runs of the same request, so that equal videos are equal files.
+    """
+    origin = {
+        "synthetic": True,
+        "digital_source_type": "trainedAlgorithmicMedia",
+        "model": checkpoint.name,
+        "model_sha256": checkpoint.sha256,
+        "label": job.label,
+        "seed": job.seed,
+        "num_inference_steps": job.num_inference_steps,
+        "guidance_scale": job.guidance_scale,
+        "sampler": job.sampler,
+    }
+    return {
+        "title": f"Synthetic video: {job.label}",
+        "comment": json.dumps(origin, sort_keys=True),
+        "description": "Synthetic video made by a generative model (MedSora). It shows no patient. "
+        "For research only, not for diagnosis.",
+    }
+
+
+def _withdraw(runtime: WorkerRuntime, claim: Claim, artifact: str) -> None:
+    """The result was not taken: remove its file, unless it was taken after all and only the answer was lost."""
+    published, _ = runtime.repository.referenced([claim.job.id]).get(claim.job.id, (None, None))
+    if published == artifact:
+        return
+    runtime.store.remove(artifact)
+    _settle(lambda: runtime.repository.finish_cancel(claim.job.id, claim.token))
+    logger.warning("the result of %s was not wanted any more", claim.job.id)
+
+
+def _hand_back(runtime: WorkerRuntime, claim: Claim) -> None:
+    job_id = claim.job.id
+    if not _settle(lambda: runtime.repository.hand_back(job_id, claim.token)):
+        _settle(lambda: runtime.repository.finish_cancel(job_id, claim.token))
+        return
+    logger.info("%s is handed back: this worker stops", job_id)
+    queue = JobQueue(runtime.settings.broker_address())
+    try:
+        queue.publish(job_id, claim.token)
+        runtime.repository.mark_published([job_id])
+    except (QueueError, SQLAlchemyError) as error:
+        logger.info("the reaper will publish %s: %s", job_id, error)
+    finally:
+        queue.close()
+
+
+def _settle(action: Callable[[], bool]) -> bool:
+    """Try a last write on a job a few times: losing it would mean to do the whole job again."""
+    for pause_s in (0.2, 1.0, 3.0):
+        try:
+            return action()
+        except SQLAlchemyError as error:
+            logger.warning("the job table cannot be written: %s", error)
+            time.sleep(pause_s)
+    return action()
+
+
+def _explain(error: Exception) -> tuple[str, str]:
+    """(code, message) for the client. Messages of foreign errors may hold paths and stay in the log."""
+    if isinstance(error, StorageFullError):
+        return "storage_full", "There was no room to store the video."
+    if isinstance(error, CheckpointError):
+        return "checkpoint_invalid", f"The model cannot be used: {error}"
+    if isinstance(error, BackendError):
+        return "device_unavailable", str(error)
+    if isinstance(error, SoftTimeLimitExceeded):
+        return "time_limit_exceeded", "The video took longer than a job may take."
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "out_of_memory", "The device has too little free memory for this video."
+    if isinstance(error, MedsoraError):
+        return "generation_failed", f"The video could not be made: {error}"
+    return "generation_failed", f"The video could not be made: {type(error).__name__}."
+
+
+def _leave_if_broken(error: Exception) -> None:
+    """End the process after an error that leaves the GPU context unusable; the pool starts a new one."""
+    if type(error).__name__ == "OutOfMemoryError":
+        import torch
+
+        torch.cuda.empty_cache()
+    elif "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError":
+        logger.error("the GPU context is broken, this process ends")
+        logging.shutdown()
+        os._exit(70)
