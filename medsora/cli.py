@@ -26,11 +26,11 @@ from medsora import __version__
 from medsora.errors import CheckpointError, MedsoraError, RequestError, VideoError
 from medsora.jsonconfig import to_json
 from medsora.manifest import Manifest, find_checkpoint, list_checkpoints, read_manifest
+from medsora.provenance import clip_metadata
 from medsora.request import GenerationRequest, random_seed, resolve_request
 
 __all__ = ["app", "main"]
 
-SYNTHETIC_NOTE = "Synthetic video made by a generative model; shows no patient. For research, not for diagnosis."
 MAX_HEADER_BYTES = 10 * 2**20
 ABOUT_FIELDS = ("description", "modality", "intended_use", "licence", "created_at")
 
@@ -160,23 +160,14 @@ def _generate_to_file(
         clip = pipeline([request], on_step=lambda done, total: progress.update(task, completed=done, total=total))[0]
     sampled = time.perf_counter()
     write = write_ffv1 if lossless else write_mp4
+    metadata = clip_metadata(request, model=manifest.name, model_sha256=_manifest_sha256(directory))
     # A hidden folder beside the file: renaming within one file system is atomic, and nothing partial is left.
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".medsora-") as scratch:
         partial = Path(scratch) / output.name
-        write(partial, clip, fps=manifest.limits.fps, metadata=_file_metadata(manifest, request))
+        write(partial, clip, fps=manifest.limits.fps, metadata=metadata)
         partial.replace(output)
     written = time.perf_counter()
     return {"load": loaded - started, "sample and decode": sampled - loaded, "write": written - sampled}
-
-
-def _file_metadata(manifest: Manifest, request: GenerationRequest) -> dict[str, str]:
-    """Say in the file that it is synthetic, and everything needed to make it again."""
-    settings = {"checkpoint": manifest.name, "medsora": __version__, **to_json(request)}
-    return {
-        "title": f"Synthetic video: {request.label}",
-        "comment": SYNTHETIC_NOTE,
-        "description": json.dumps(settings, sort_keys=True),
-    }
 
 
 def _settings_table(manifest: Manifest, request: GenerationRequest, seconds: dict[str, float], output: Path) -> Table:
@@ -209,14 +200,18 @@ def info(
         manifest = read_manifest(directory)
         files = {name: _describe_file(directory, manifest, name) for name in sorted(manifest.files)}
         if as_json:
-            manifest_hash = hashlib.sha256((directory / "manifest.json").read_bytes()).hexdigest()
-            shown = {"directory": str(directory), "manifest_sha256": manifest_hash, "files_found": files}
+            found = {"manifest_sha256": _manifest_sha256(directory), "files_found": files}
+            shown = {"directory": str(directory), **found}
             typer.echo(json.dumps({**shown, **to_json(manifest)}, indent=2))
         else:
             _print_manifest(manifest, directory, files, training_data=training_data)
         bad = [name for name, found in files.items() if found["state"] != "ok"]
         if bad:
             raise CheckpointError(f"{directory}: missing or altered: {', '.join(bad)}")
+
+
+def _manifest_sha256(directory: Path) -> str:
+    return hashlib.sha256((directory / "manifest.json").read_bytes()).hexdigest()
 
 
 def _describe_file(directory: Path, manifest: Manifest, name: str) -> dict[str, Any]:

@@ -12,9 +12,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import medsora.video_io
-from medsora.cli import SYNTHETIC_NOTE, app
+from medsora.cli import app
 from medsora.manifest import read_manifest
 from medsora.pipeline import VideoPipeline
+from medsora.provenance import SYNTHETIC_NOTE
 from medsora.request import resolve_request
 from medsora.video_io import probe_video, read_video
 
@@ -53,9 +54,10 @@ def test_generate_says_what_it_did(tiny_checkpoint: Path, tmp_path: Path) -> Non
 def test_the_file_says_it_is_synthetic_and_how_to_repeat_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert generate(tiny_checkpoint, tmp_path / "clip.mp4", "--seed", 7, "--guidance", 1.5).exit_code == 0
     metadata = probe_video(tmp_path / "clip.mp4").metadata
-    assert metadata["comment"] == SYNTHETIC_NOTE
-    settings = json.loads(metadata["description"])
-    assert (settings["checkpoint"], settings["seed"], settings["guidance_scale"]) == ("tiny", 7, 1.5)
+    assert metadata["description"] == SYNTHETIC_NOTE
+    settings = json.loads(metadata["comment"])
+    assert (settings["model"], settings["seed"], settings["guidance_scale"]) == ("tiny", 7, 1.5)
+    assert settings["model_sha256"] == json.loads(run("info", tiny_checkpoint, "--json").stdout)["manifest_sha256"]
 
 
 def test_without_a_seed_two_clips_differ(tiny_checkpoint: Path, tmp_path: Path) -> None:
