@@ -186,9 +186,13 @@ class Supervisor:
         if socket_folder is not None:
             redis_socket = socket_folder / "redis.sock"
             environment["MEDSORA_REDIS_URL"] = f"redis+socket://{redis_socket}"
+            log_path = settings.data_dir.resolve() / "redis.log"
             self._children.append(
                 _Child(
-                    "redis", _redis_command(redis_socket, settings.data_dir.resolve() / "redis.log"), dict(os.environ)
+                    "redis",
+                    _redis_command(redis_socket, log_path),
+                    dict(os.environ),
+                    before_start=self._on_redis_start,
                 )
             )
         descriptor = listener.fileno()

@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from server.errors import RequestRefusedError, ServiceError, UnavailableError, error_body
 
@@ -42,13 +43,23 @@ def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
     message = str(error.detail)
+    headers = {name.lower(): value for name, value in (error.headers or {}).items()}
     if error.status_code == HTTPStatus.NOT_FOUND:
         message = f"There is nothing at {request.url.path[:200]}."
     elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        allowed = (error.headers or {}).get("Allow", "")
-        message = f"{request.method} is not possible at {request.url.path[:200]}; allowed: {allowed}"
+        headers["allow"] = ", ".join(_allowed_methods(request))
+        message = f"{request.method} is not possible at {request.url.path[:200]}; allowed: {headers['allow']}"
     body = error_body(message, kind="invalid_request_error", code=code)
-    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+    return JSONResponse(body, status_code=error.status_code, headers=headers)
+
+
+def _allowed_methods(request: Request) -> list[str]:
+    """Methods that some route takes at this path; the framework names those of one route only."""
+    return [
+        method
+        for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in request.app.routes)
+    ]
 
 
 def _on_validation_error(request: Request, error: Exception) -> JSONResponse:

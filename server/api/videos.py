@@ -70,9 +70,9 @@ def delete_video(video_id: str, jobs: JobServiceDep) -> DeletedVideo:
     return DeletedVideo(id=video_id)
 
 
-@router.api_route(
+@router.head("/{video_id}/content", include_in_schema=False)
+@router.get(
     "/{video_id}/content",
-    methods=["GET", "HEAD"],
     response_class=FileResponse,
     responses={
         200: {"content": {"video/mp4": {}}, "description": "The MP4 file."},

@@ -1,0 +1,113 @@
+"""A job database, a store and an application on temporary folders; no broker answers here."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from sqlalchemy import update
+
+from server.app import create_app
+from server.jobs.database import Database, database_now, migrate
+from server.jobs.model import Job
+from server.jobs.repository import FinishedWork, JobRepository
+from server.settings import Settings
+
+DEAD_BROKER = "redis://127.0.0.1:1/0"
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No MEDSORA_* variable of the machine may change a test."""
+    import os
+
+    for name in [name for name in os.environ if name.startswith("MEDSORA_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    """A job database with the newest schema."""
+    made = Database(f"sqlite:///{tmp_path / 'jobs.db'}")
+    migrate(made)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def repository(database: Database) -> JobRepository:
+    """Jobs with a lease of 60 s and three attempts."""
+    return JobRepository(database, lease_s=60.0, max_attempts=3)
+
+
+@pytest.fixture
+def job_values() -> dict[str, Any]:
+    """Columns of a job as the service resolves them."""
+    return {
+        "model": "tiny",
+        "prompt": "covid lung",
+        "label": "covid-convex",
+        "seed": 7,
+        "num_frames": 16,
+        "width": 32,
+        "height": 32,
+        "fps": 8.0,
+        "seconds": "2",
+        "num_inference_steps": 4,
+        "guidance_scale": 1.0,
+        "sampler": "euler",
+    }
+
+
+@pytest.fixture
+def add_job(repository: JobRepository, job_values: dict[str, Any]) -> Callable[..., str]:
+    """Insert a waiting job; returns its id."""
+
+    def add(**changes: Any) -> str:
+        return repository.add({**job_values, **changes}, max_queued=1000).id
+
+    return add
+
+
+@pytest.fixture
+def expire_lease(database: Database) -> Callable[[str], None]:
+    """Let the lease of a job have run out a second ago."""
+
+    def expire(job_id: str) -> None:
+        with database.write() as connection:
+            connection.execute(update(Job).where(Job.id == job_id).values(lease_until=database_now() - 1.0))
+
+    return expire
+
+
+@pytest.fixture
+def finished_work() -> Callable[[str, int], FinishedWork]:
+    """The report of a worker that made the video of a job."""
+
+    def work(job_id: str, token: int) -> FinishedWork:
+        name = f"{job_id[6:8]}/{job_id}.{token}.mp4"
+        return FinishedWork(artifact=name, size_bytes=3, sha256="0" * 64, sampling_s=1.0, encode_s=0.02, store_s=0.003)
+
+    return work
+
+
+@pytest.fixture
+def settings(tmp_path: Path, tiny_checkpoint: Path) -> Settings:
+    """Settings of an API without broker or workers."""
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    return Settings(
+        data_dir=data_dir,
+        redis_url=DEAD_BROKER,
+        checkpoints=(str(tiny_checkpoint),),
+        max_queued_jobs=5,
+        min_free_bytes=0,
+    )
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[TestClient]:
+    """A client of a running application."""
+    with TestClient(create_app(settings)) as made:
+        yield made

@@ -1,0 +1,82 @@
+"""The database: durable, one clock, a schema that equals the tables, writers that wait for each other."""
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import func, select, text
+
+from server.jobs.database import Database, database_now, migrate
+from server.jobs.model import Base, WorkerProcess
+from server.jobs.workers import WorkerRegistry
+
+
+def test_committed_jobs_survive_a_power_cut(database: Database) -> None:
+    with database.read() as connection:
+        assert connection.scalar(text("PRAGMA journal_mode")) == "wal"
+        assert connection.scalar(text("PRAGMA synchronous")) == 2  # FULL
+        assert connection.scalar(text("PRAGMA foreign_keys")) == 1
+        assert connection.scalar(text("PRAGMA busy_timeout")) == 5000
+
+
+def test_clock_tells_unix_seconds(database: Database) -> None:
+    with database.read() as connection:
+        assert connection.scalar(select(database_now())) == pytest.approx(time.time(), abs=2.0)
+
+
+def test_clock_in_postgresql_moves_within_a_transaction() -> None:
+    from sqlalchemy.dialects import postgresql
+
+    compiled = str(select(database_now()).compile(dialect=postgresql.dialect()))
+    assert "clock_timestamp()" in compiled
+
+
+def test_migrations_make_exactly_the_tables(database: Database) -> None:
+    with database.read() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, Base.metadata) == []
+
+
+def test_processes_may_migrate_at_the_same_time(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'new' / 'jobs.db'}"
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        database = Database(url)
+        try:
+            migrate(database)
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            database.close()
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+
+
+def test_writers_wait_for_each_other(database: Database) -> None:
+    registry = WorkerRegistry(database, heartbeat_s=1.0)
+
+    def write(name: int) -> None:
+        for _ in range(10):
+            registry.report(f"worker-{name}", models=("m",), device="cpu", rss_bytes=1, problem=None)
+
+    threads = [threading.Thread(target=write, args=(name,)) for name in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with database.read() as connection:
+        assert connection.scalar(select(func.count()).select_from(WorkerProcess)) == 4
+
+
+def test_memory_is_no_place_for_jobs() -> None:
+    with pytest.raises(ValueError, match="must be a file"):
+        Database("sqlite:///:memory:")

@@ -1,0 +1,215 @@
+"""The reaper: what it publishes again, and which files and rows it removes."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import pytest
+from sqlalchemy import update
+
+from server.jobs.database import Database, database_now
+from server.jobs.model import Job, JobStatus, new_job_id
+from server.jobs.queue import JobQueue, QueueError
+from server.jobs.repository import FinishedWork, JobRepository
+from server.jobs.workers import WorkerRegistry
+from server.reaper import Reaper
+from server.settings import Settings
+from server.storage import ArtifactStore
+
+AddJob = Callable[..., str]
+
+
+class FakeQueue:
+    """A broker's queue that can forget and be down."""
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[str, int]] = []
+        self.is_down = False
+
+    def publish(self, job_id: str, attempt: int) -> None:
+        if self.is_down:
+            raise QueueError("down")
+        self.messages.append((job_id, attempt))
+
+    def length(self) -> int:
+        if self.is_down:
+            raise QueueError("down")
+        return len(self.messages)
+
+
+@pytest.fixture
+def queue() -> FakeQueue:
+    return FakeQueue()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ArtifactStore:
+    return ArtifactStore(tmp_path / "artifacts")
+
+
+@pytest.fixture
+def reaper(
+    tmp_path: Path, database: Database, repository: JobRepository, store: ArtifactStore, queue: FakeQueue
+) -> Reaper:
+    settings = Settings(data_dir=tmp_path, orphan_scan_s=0.001, publish_grace_s=5.0, republish_after_s=10.0)
+    workers = WorkerRegistry(database, heartbeat_s=1.0)
+    return Reaper(settings, repository=repository, workers=workers, store=store, queue=cast(JobQueue, queue))
+
+
+@pytest.fixture
+def make_older(database: Database) -> Callable[[float], None]:
+    """Move the times of all waiting jobs into the past."""
+
+    def move(seconds: float) -> None:
+        with database.write() as connection:
+            connection.execute(
+                update(Job).values(queued_at=Job.queued_at - seconds, published_at=Job.published_at - seconds)
+            )
+
+    return move
+
+
+def put(store: ArtifactStore, job_id: str, attempt: int, *, age_s: float = 1000.0, partial: bool = False) -> Path:
+    path = store.path(
+        store.write(job_id, attempt, lambda path: path.write_bytes(b"x") and None, lambda path: None).name
+    )
+    if partial:
+        path = path.rename(path.with_suffix(".part.mp4"))
+    os.utime(path, (path.stat().st_mtime - age_s,) * 2)
+    return path
+
+
+def test_publish_that_never_happened_is_made_up_for(
+    reaper: Reaper, queue: FakeQueue, add_job: AddJob, make_older: Callable[[float], None]
+) -> None:
+    job_id = add_job()
+    reaper.sweep()
+    assert queue.messages == []
+    make_older(6.0)
+    reaper.sweep()
+    reaper.sweep()
+    assert queue.messages == [(job_id, 0)]
+
+
+def test_broker_that_lost_its_memory_is_told_again_but_not_more_than_once_a_while(
+    reaper: Reaper, queue: FakeQueue, add_job: AddJob, make_older: Callable[[float], None], repository: JobRepository
+) -> None:
+    ids = [add_job() for _ in range(3)]
+    repository.mark_published(ids)
+    make_older(20.0)
+    reaper.sweep()
+    assert queue.messages == [(job_id, 0) for job_id in ids]
+    queue.messages.clear()
+    reaper.sweep()
+    assert queue.messages == []
+
+
+def test_long_queue_does_not_grow_copies(
+    reaper: Reaper, queue: FakeQueue, add_job: AddJob, make_older: Callable[[float], None], repository: JobRepository
+) -> None:
+    ids = [add_job() for _ in range(3)]
+    for job_id in ids:
+        queue.publish(job_id, 0)
+    repository.mark_published(ids)
+    for _ in range(5):
+        make_older(3600.0)
+        reaper.sweep()
+    assert len(queue.messages) == 3
+    queue.messages.pop()  # one is lost with a worker that had just taken it
+    make_older(3600.0)
+    reaper.sweep()
+    assert len(queue.messages) == 3
+
+
+def test_lost_job_is_queued_and_published_in_one_sweep(
+    reaper: Reaper, queue: FakeQueue, add_job: AddJob, repository: JobRepository, expire_lease: Callable[[str], None]
+) -> None:
+    job_id = add_job()
+    repository.claim(job_id, worker="w")
+    expire_lease(job_id)
+    reaper.sweep()
+    assert queue.messages == [(job_id, 1)]
+    job = repository.get(job_id)
+    assert job is not None
+    assert job.published_at is not None
+
+
+def test_broker_outage_does_not_stop_the_rest(
+    reaper: Reaper,
+    queue: FakeQueue,
+    add_job: AddJob,
+    repository: JobRepository,
+    expire_lease: Callable[[str], None],
+    store: ArtifactStore,
+) -> None:
+    queue.is_down = True
+    job_id = add_job()
+    repository.claim(job_id, worker="w")
+    expire_lease(job_id)
+    orphan = put(store, new_job_id(), 1)
+    reaper.sweep()
+    job = repository.get(job_id)
+    assert job is not None
+    assert job.status is JobStatus.QUEUED
+    assert not orphan.exists()
+    queue.is_down = False
+    reaper.sweep()
+    assert queue.messages == [(job_id, 1)]
+
+
+def test_deleted_running_job_goes_with_its_files_once_its_worker_has_stopped(
+    reaper: Reaper, add_job: AddJob, repository: JobRepository, store: ArtifactStore
+) -> None:
+    job_id = add_job()
+    claim = repository.claim(job_id, worker="w")
+    assert claim is not None
+    repository.request_removal(job_id)
+    path = put(store, job_id, 1)
+    reaper.sweep()
+    assert path.exists(), "the file of a running attempt was removed"
+    repository.finish_cancel(job_id, claim.token)
+    reaper.sweep()
+    assert not path.exists()
+    assert repository.referenced([job_id]) == {}
+
+
+def test_only_files_that_belong_to_no_job_are_removed(
+    reaper: Reaper,
+    add_job: AddJob,
+    repository: JobRepository,
+    store: ArtifactStore,
+    finished_work: Callable[[str, int], FinishedWork],
+) -> None:
+    done, running = add_job(), add_job()
+    repository.claim(done, worker="w")
+    repository.succeed(done, 1, finished_work(done, 1))
+    repository.claim(running, worker="w")
+    kept = [
+        put(store, done, 1),
+        put(store, running, 1, partial=True),
+        put(store, new_job_id(), 1, age_s=0.0),  # too young to judge
+        put(store, new_job_id(), 1, age_s=0.0, partial=True),
+    ]
+    gone = [put(store, done, 2), put(store, new_job_id(), 1), put(store, new_job_id(), 1, partial=True)]
+    reaper.sweep()
+    assert [path for path in kept if not path.exists()] == []
+    assert [path for path in gone if path.exists()] == []
+
+
+def test_dead_workers_are_forgotten(reaper: Reaper, database: Database) -> None:
+    from server.jobs.model import WorkerProcess
+
+    registry = WorkerRegistry(database, heartbeat_s=1.0)
+    for name in ("alive", "dead"):
+        registry.report(name, models=("m",), device="cpu", rss_bytes=1, problem=None)
+    with database.write() as connection:
+        connection.execute(
+            update(WorkerProcess).where(WorkerProcess.id == "dead").values(seen_at=database_now() - 1000.0)
+        )
+    assert [worker.id for worker in registry.alive()] == ["alive"]
+    reaper.sweep()
+    with database.read() as connection:
+        from sqlalchemy import select
+
+        assert connection.scalars(select(WorkerProcess.id)).all() == ["alive"]

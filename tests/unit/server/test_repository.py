@@ -1,0 +1,265 @@
+"""Jobs in the table: claims, fencing, leases, caps; each promise of the protocol."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sqlalchemy import update
+
+from server.jobs.database import Database, database_now
+from server.jobs.model import Job, JobStatus, new_job_id
+from server.jobs.repository import FinishedWork, JobRecord, JobRepository, QueueFullError, Removal
+from server.jobs.totals import read_totals
+
+AddJob = Callable[..., str]
+Expire = Callable[[str], None]
+Work = Callable[[str, int], FinishedWork]
+
+
+def fetch(repository: JobRepository, job_id: str) -> JobRecord:
+    job = repository.get(job_id)
+    assert job is not None
+    return job
+
+
+def test_new_job_waits_with_the_time_of_the_database(repository: JobRepository, add_job: AddJob) -> None:
+    job = fetch(repository, add_job())
+    assert job.status is JobStatus.QUEUED
+    assert job.attempt == 0
+    assert job.published_at is None
+    assert job.created_at == job.queued_at
+
+
+def test_claim_counts_before_the_work(repository: JobRepository, add_job: AddJob) -> None:
+    job_id = add_job()
+    claim = repository.claim(job_id, worker="w1")
+    assert claim is not None
+    assert (claim.token, claim.job.status, claim.job.worker) == (1, JobStatus.RUNNING, "w1")
+    assert claim.job.lease_until is not None
+    assert claim.job.started_at is not None
+    assert claim.job.lease_until == pytest.approx(claim.job.started_at + 60.0, abs=0.1)
+
+
+def test_second_claim_gets_nothing_while_the_lease_holds(repository: JobRepository, add_job: AddJob) -> None:
+    job_id = add_job()
+    assert repository.claim(job_id, worker="w1") is not None
+    assert repository.claim(job_id, worker="w2") is None
+
+
+def test_expired_claim_is_taken_over_and_the_old_worker_is_fenced_out(
+    repository: JobRepository, add_job: AddJob, expire_lease: Expire, finished_work: Work
+) -> None:
+    job_id = add_job()
+    assert repository.claim(job_id, worker="w1") is not None
+    expire_lease(job_id)
+    second = repository.claim(job_id, worker="w2")
+    assert second is not None
+    assert second.token == 2
+    assert repository.renew(job_id, 1, steps_done=3) is None
+    assert not repository.succeed(job_id, 1, finished_work(job_id, 1))
+    assert not repository.fail(job_id, 1, code="x", message="x")
+    assert not repository.hand_back(job_id, 1)
+    assert not repository.finish_cancel(job_id, 1)
+    assert repository.succeed(job_id, 2, finished_work(job_id, 2))
+    job = fetch(repository, job_id)
+    assert (job.status, job.artifact) == (JobStatus.SUCCEEDED, finished_work(job_id, 2).artifact)
+
+
+def test_renewal_moves_the_lease_and_tells_of_cancellation(repository: JobRepository, add_job: AddJob) -> None:
+    job_id = add_job()
+    claim = repository.claim(job_id, worker="w")
+    assert claim is not None
+    assert repository.renew(job_id, claim.token, steps_done=2) is False
+    assert fetch(repository, job_id).steps_done == 2
+    assert repository.request_cancel(job_id)
+    assert repository.renew(job_id, claim.token, steps_done=3) is True
+
+
+def test_cancel_wins_against_a_result(repository: JobRepository, add_job: AddJob, finished_work: Work) -> None:
+    job_id = add_job()
+    claim = repository.claim(job_id, worker="w")
+    assert claim is not None
+    repository.request_cancel(job_id)
+    assert not repository.succeed(job_id, claim.token, finished_work(job_id, 1))
+    assert not repository.hand_back(job_id, claim.token)
+    assert repository.finish_cancel(job_id, claim.token)
+    job = fetch(repository, job_id)
+    assert (job.status, job.error_code) == (JobStatus.CANCELED, "cancelled")
+
+
+def test_waiting_job_is_canceled_at_once_and_cannot_be_claimed(repository: JobRepository, add_job: AddJob) -> None:
+    job_id = add_job()
+    assert repository.request_cancel(job_id)
+    assert fetch(repository, job_id).status is JobStatus.CANCELED
+    assert repository.claim(job_id, worker="w") is None
+
+
+def test_finished_job_stays_finished(repository: JobRepository, add_job: AddJob, finished_work: Work) -> None:
+    job_id = add_job()
+    assert repository.claim(job_id, worker="w") is not None
+    assert repository.succeed(job_id, 1, finished_work(job_id, 1))
+    before = fetch(repository, job_id)
+    assert not repository.request_cancel(job_id)
+    assert not repository.fail(job_id, 1, code="x", message="x")
+    assert not repository.succeed(job_id, 1, finished_work(job_id, 1))
+    assert repository.renew(job_id, 1, steps_done=0) is None
+    assert repository.claim(job_id, worker="w") is None
+    repository.sweep_expired()
+    assert fetch(repository, job_id) == before
+
+
+def test_hand_back_lets_another_worker_begin_at_once_and_costs_no_attempt(
+    repository: JobRepository, add_job: AddJob
+) -> None:
+    job_id = add_job()
+    for number in range(1, 8):
+        claim = repository.claim(job_id, worker="w")
+        assert claim is not None, f"claim {number}"
+        assert claim.token == number
+        assert repository.hand_back(job_id, claim.token)
+        assert repository.unpublished(grace_s=60.0, limit=10) == [(job_id, number)]
+
+
+def test_poison_job_runs_three_times(repository: JobRepository, add_job: AddJob, expire_lease: Expire) -> None:
+    job_id = add_job()
+    for _ in range(3):
+        assert repository.claim(job_id, worker="w") is not None
+        expire_lease(job_id)
+        result = repository.sweep_expired()
+    assert (result.requeued, result.exhausted) == (0, 1)
+    job = fetch(repository, job_id)
+    assert (job.status, job.error_code, job.attempt) == (JobStatus.FAILED, "attempts_exhausted", 3)
+    assert job.error_message == "The worker was lost 3 times while running this job."
+
+
+def test_take_over_of_an_expired_lease_respects_the_cap(
+    repository: JobRepository, add_job: AddJob, expire_lease: Expire
+) -> None:
+    job_id = add_job()
+    for _ in range(3):
+        assert repository.claim(job_id, worker="w") is not None
+        expire_lease(job_id)
+    assert repository.claim(job_id, worker="w") is None
+
+
+def test_sweep_returns_a_lost_job_to_the_queue(
+    repository: JobRepository, add_job: AddJob, expire_lease: Expire
+) -> None:
+    job_id = add_job()
+    repository.mark_published([job_id])
+    assert repository.claim(job_id, worker="w") is not None
+    assert repository.sweep_expired().requeued == 0
+    expire_lease(job_id)
+    assert repository.sweep_expired().requeued == 1
+    job = fetch(repository, job_id)
+    assert (job.status, job.published_at, job.worker, job.attempt) == (JobStatus.QUEUED, None, None, 1)
+
+
+def test_sweep_honours_a_cancellation_that_the_worker_did_not_live_to_see(
+    repository: JobRepository, add_job: AddJob, expire_lease: Expire
+) -> None:
+    job_id = add_job()
+    assert repository.claim(job_id, worker="w") is not None
+    repository.request_cancel(job_id)
+    expire_lease(job_id)
+    assert repository.sweep_expired().canceled == 1
+    assert fetch(repository, job_id).status is JobStatus.CANCELED
+
+
+def test_queue_has_a_cap(repository: JobRepository, job_values: dict[str, Any]) -> None:
+    ids = [repository.add(job_values, max_queued=2).id for _ in range(2)]
+    with pytest.raises(QueueFullError, match="2 jobs are waiting"):
+        repository.add(job_values, max_queued=2)
+    assert repository.claim(ids[0], worker="w") is not None
+    repository.add(job_values, max_queued=2)
+
+
+def test_fresh_job_is_left_to_its_api_and_an_old_one_is_published(
+    repository: JobRepository, add_job: AddJob, database: Database
+) -> None:
+    job_id = add_job()
+    assert repository.unpublished(grace_s=5.0, limit=10) == []
+    with database.write() as connection:
+        connection.execute(update(Job).values(queued_at=database_now() - 6.0))
+    assert repository.unpublished(grace_s=5.0, limit=10) == [(job_id, 0)]
+    repository.mark_published([job_id])
+    assert repository.unpublished(grace_s=5.0, limit=10) == []
+    assert repository.stale_published(after_s=5.0, limit=10) == []
+    with database.write() as connection:
+        connection.execute(update(Job).values(published_at=database_now() - 6.0))
+    assert repository.stale_published(after_s=5.0, limit=10) == [(job_id, 0)]
+    repository.forget_published()
+    assert repository.unpublished(grace_s=5.0, limit=10) == [(job_id, 0)]
+
+
+def test_pages_meet_without_gap_or_overlap(repository: JobRepository, add_job: AddJob) -> None:
+    ids = [add_job() for _ in range(5)]
+    seen: list[str] = []
+    after, has_more = None, True
+    while has_more:
+        page = repository.page(limit=2, after=after, newest_first=True)
+        assert page is not None
+        jobs, has_more = page
+        seen += [job.id for job in jobs]
+        after = seen[-1]
+    assert seen == ids[::-1]
+    page = repository.page(limit=2, after=ids[0], newest_first=False)
+    assert page is not None
+    assert [job.id for job in page[0]] == ids[1:3]
+    assert repository.page(limit=2, after=new_job_id(), newest_first=True) is None
+
+
+def test_removal_hides_at_once_and_waits_for_the_worker(
+    repository: JobRepository, add_job: AddJob, finished_work: Work
+) -> None:
+    job_id = add_job()
+    assert repository.claim(job_id, worker="w") is not None
+    assert repository.request_removal(job_id) is Removal.RUNNING
+    assert repository.get(job_id) is None
+    assert repository.request_removal(job_id) is Removal.MISSING
+    assert repository.removable(limit=10) == []
+    assert repository.forget([job_id]) == 0
+    assert repository.renew(job_id, 1, steps_done=1) is True
+    assert not repository.succeed(job_id, 1, finished_work(job_id, 1))
+    assert repository.finish_cancel(job_id, 1)
+    assert [job.id for job in repository.removable(limit=10)] == [job_id]
+    assert repository.forget([job_id]) == 1
+    assert repository.removable(limit=10) == []
+
+
+def test_removal_of_a_waiting_job_cancels_it(repository: JobRepository, add_job: AddJob) -> None:
+    job_id = add_job()
+    assert repository.request_removal(job_id) is Removal.READY
+    assert repository.claim(job_id, worker="w") is None
+    assert repository.forget([job_id]) == 1
+
+
+def test_totals_do_not_fall_when_jobs_are_removed(
+    repository: JobRepository, database: Database, add_job: AddJob, finished_work: Work
+) -> None:
+    for _ in range(2):
+        job_id = add_job()
+        repository.claim(job_id, worker="w")
+        repository.succeed(job_id, 1, finished_work(job_id, 1))
+        before = read_totals(database)["tiny", JobStatus.SUCCEEDED]
+        repository.request_removal(job_id)
+        repository.forget([job_id])
+        after = read_totals(database)["tiny", JobStatus.SUCCEEDED]
+        assert after == before
+    assert (after.jobs, after.frames, after.video_s, after.sampling_s) == (2, 32, 4.0, 2.0)
+
+
+def test_expected_wait_follows_the_pace_of_finished_jobs(
+    repository: JobRepository, add_job: AddJob, finished_work: Work
+) -> None:
+    done = add_job()
+    first = fetch(repository, done)
+    assert repository.expected_wait_s(first) is None
+    repository.claim(done, worker="w")
+    repository.succeed(done, 1, finished_work(done, 1))  # 1 s for 4 steps
+    ahead, last = add_job(), add_job()
+    assert repository.expected_wait_s(fetch(repository, ahead)) == pytest.approx(1.0)
+    assert repository.expected_wait_s(fetch(repository, last)) == pytest.approx(2.0)
+    repository.claim(ahead, worker="w")
+    repository.renew(ahead, 1, steps_done=3)
+    assert repository.expected_wait_s(fetch(repository, ahead)) == pytest.approx(0.25)

@@ -1,0 +1,82 @@
+"""Settings: what is refused, and that children get the same."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from server.settings import Settings, SettingsError, load_settings
+
+
+def test_every_setting_has_a_description() -> None:
+    missing = [name for name, field in Settings.model_fields.items() if not field.description]
+    assert missing == []
+
+
+def test_defaults_serve_the_shipped_checkpoint_from_one_folder() -> None:
+    settings = Settings()
+    assert settings.checkpoints == ("lung-ultrasound-small",)
+    assert settings.artifacts_dir.is_relative_to(settings.data_dir)
+    assert settings.database_address == f"sqlite:///{settings.data_dir.resolve() / 'medsora.db'}"
+
+
+def test_unknown_variable_is_refused_and_the_near_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDSORA_LEASES_S", "5")
+    with pytest.raises(SettingsError, match=r"MEDSORA_LEASES_S \(did you mean MEDSORA_LEASE_S\?\)"):
+        load_settings()
+
+
+def test_bad_values_are_named_with_their_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDSORA_PORT", "99999")
+    monkeypatch.setenv("MEDSORA_LEASE_S", "soon")
+    with pytest.raises(SettingsError, match=r"MEDSORA_PORT: .*65535.*MEDSORA_LEASE_S|MEDSORA_LEASE_S.*MEDSORA_PORT"):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("MEDSORA_REDIS_URL", "amqp://host", "must start with redis://"),
+        ("MEDSORA_DATABASE_URL", "mysql://host/db", "must start with sqlite:/// or postgresql"),
+        ("MEDSORA_CHECKPOINTS", "a,a", "named twice"),
+        ("MEDSORA_CHECKPOINTS", " , ", "at least 1"),
+        ("MEDSORA_HEARTBEAT_S", "50", "at most half of lease_s"),
+        ("MEDSORA_JOB_TIME_LIMIT_S", "7200", "less than or equal to 6600"),
+        ("MEDSORA_DEVICE", "tpu", "pattern"),
+    ],
+)
+def test_values_that_would_do_harm(monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError, match=message):
+        load_settings()
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Settings().port = 1  # type: ignore[misc]
+
+
+def test_secrets_are_not_shown() -> None:
+    settings = Settings(redis_url="redis://:hunter2@host/0", database_url="postgresql://u:hunter2@host/db")
+    assert "hunter2" not in repr(settings)
+    assert settings.broker_address() == "redis://:hunter2@host/0"
+
+
+def test_broker_is_asked_for_by_name() -> None:
+    with pytest.raises(SettingsError, match="MEDSORA_REDIS_URL is not set"):
+        Settings().broker_address()
+
+
+def test_environment_gives_a_child_the_same_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settings = Settings(
+        data_dir=tmp_path, redis_url="redis://:p@host/0", checkpoints=("one", "two"), warm_up=False, lease_s=7.5,
+        heartbeat_s=1.25, port=0,
+    )  # fmt: skip
+    for name, value in settings.environment().items():
+        monkeypatch.setenv(name, value)
+    assert load_settings() == settings
+
+
+def test_keywords_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDSORA_PORT", "1234")
+    assert load_settings(port=4321, host=None).port == 4321
