@@ -32,7 +32,7 @@ def test_dead_broker_is_given_up_at_once() -> None:
     queue = JobQueue("redis://127.0.0.1:1/0")
     began = time.monotonic()
     for _ in range(3):
-        with pytest.raises(QueueError, match="publishing failed: .*refused"):
+        with pytest.raises(QueueError, match=r"publishing failed: .*refused"):
             queue.publish("video_x", 0)
     assert time.monotonic() - began < 1.0
     queue.close()

@@ -1,0 +1,226 @@
+"""A whole server in real processes: Redis, worker, API and reaper, started by ``medsora-server serve``."""
+
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from server.jobs.database import Database
+from server.jobs.repository import JobRecord, JobRepository
+from server.jobs.workers import WorkerRegistry
+from server.storage import ArtifactStore
+
+T = TypeVar("T")
+
+FAST = {
+    "MEDSORA_LEASE_S": "3",
+    "MEDSORA_HEARTBEAT_S": "0.5",
+    "MEDSORA_REAPER_INTERVAL_S": "0.5",
+    "MEDSORA_REPUBLISH_AFTER_S": "2",
+    "MEDSORA_PUBLISH_GRACE_S": "1",
+    "MEDSORA_WORKER_HEARTBEAT_S": "0.5",
+    "MEDSORA_PROGRESS_INTERVAL_S": "0",
+    "MEDSORA_MIN_FREE_BYTES": "0",
+}
+
+
+def wait_until(condition: Callable[[], T], *, timeout_s: float, what: str | Callable[[], str]) -> T:
+    """Wait for something true and return it; ``what`` says what never came."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout_s:g} s: {what if isinstance(what, str) else what()}")
+        time.sleep(0.02)
+
+
+class RunningServer:
+    """A server and ways to look at it and to hurt it.
+
+    Args:
+        data_dir: Its data folder.
+        checkpoint: The only one it serves.
+        expect_ready: Wait until it says that it can generate.
+    """
+
+    def __init__(self, data_dir: Path, checkpoint: Path, *, expect_ready: bool = True, **variables: str) -> None:
+        self.data_dir = data_dir
+        self.variables = {**FAST, "MEDSORA_CHECKPOINTS": str(checkpoint), **variables}
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("MEDSORA_")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--data-dir", str(data_dir)],
+            cwd=Path(__file__).parents[2],
+            env={**clean, **self.variables, "MEDSORA_DATA_DIR": str(data_dir)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        first = wait_until(lambda: self.said("listens on"), timeout_s=60, what="address of the server")
+        match = re.search(r"http://\S+/v1", first)
+        assert match is not None
+        self.url = match.group()
+        self.http = httpx.Client(base_url=self.url.removesuffix("/v1"), timeout=30.0)
+        self.client = openai.OpenAI(base_url=self.url, api_key="any", max_retries=5)
+        self.database = Database(f"sqlite:///{data_dir / 'medsora.db'}")
+        self.repository = JobRepository(self.database, lease_s=3.0, max_attempts=3)
+        self.store = ArtifactStore(data_dir / "artifacts")
+        if expect_ready:
+            wait_until(lambda: self.said("is ready"), timeout_s=90, what="readiness")
+
+    wait_until = staticmethod(wait_until)
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+
+    def said(self, text: str) -> str:
+        """The first line of output with this text, or an empty string."""
+        if self.process.poll() is not None and text not in "\n".join(self.lines):
+            raise AssertionError("the server has ended:\n" + "\n".join(self.lines[-40:]))
+        return next((line for line in self.lines if text in line), "")
+
+    def submit(self, *, steps: int = 4, seed: int = 0, prompt: str = "covid lung") -> str:
+        """Ask for a video; returns its id."""
+        body = {"prompt": prompt, "seed": seed, "num_inference_steps": steps}
+        response = self.http.post("/v1/videos", json=body)
+        assert response.status_code == 200, response.text
+        return str(response.json()["id"])
+
+    def job(self, job_id: str) -> JobRecord:
+        """The row of a job."""
+        job = self.repository.get(job_id)
+        assert job is not None
+        return job
+
+    def wait_for(self, job_id: str, *statuses: str, timeout_s: float = 60.0) -> JobRecord:
+        """Wait until a job has one of these states."""
+
+        def reached() -> JobRecord | None:
+            job = self.job(job_id)
+            return job if job.status.value in statuses else None
+
+        return wait_until(reached, timeout_s=timeout_s, what=lambda: f"{statuses} of {self.job(job_id)}")
+
+    def wait_for_steps(self, job_id: str, steps: int) -> JobRecord:
+        """Wait until the sampler of a job has done this many steps."""
+
+        def reached() -> JobRecord | None:
+            job = self.job(job_id)
+            assert job.completed_at is None, f"finished too early for this test: {job}"
+            return job if job.steps_done >= steps else None
+
+        return wait_until(reached, timeout_s=30, what=f"{steps} steps of {job_id}")
+
+    def wait_ready(self) -> None:
+        """Wait until the server says that it can generate."""
+        wait_until(lambda: self.http.get("/health/ready").status_code == 200, timeout_s=60, what="readiness")
+
+    def child(self, command: str) -> psutil.Process:
+        """The direct child that runs this part of the server."""
+        return wait_until(lambda: self._find_child(command), timeout_s=20, what=f"process {command}")
+
+    def _find_child(self, command: str) -> psutil.Process | None:
+        for process in psutil.Process(self.process.pid).children():
+            try:
+                if command in process.cmdline() or command in Path(process.exe()).name:
+                    return process
+            except psutil.Error:
+                continue
+        return None
+
+    def sampling_pids(self) -> list[int]:
+        """Process ids of the live sampling processes."""
+        records = WorkerRegistry(self.database, heartbeat_s=0.5).alive()
+        return [pid for pid in (int(record.id.split(":")[1]) for record in records) if psutil.pid_exists(pid)]
+
+    def freeze(self, pid: int) -> None:
+        """Stop a sampling process, but not in the middle of a write: SQLite's lock would be frozen with it."""
+        while True:
+            os.kill(pid, signal.SIGSTOP)
+            probe = sqlite3.connect(self.data_dir / "medsora.db", timeout=0.1, isolation_level=None)
+            try:
+                probe.execute("BEGIN IMMEDIATE")
+                probe.execute("ROLLBACK")
+                return
+            except sqlite3.OperationalError:
+                os.kill(pid, signal.SIGCONT)
+            finally:
+                probe.close()
+
+    def files(self) -> list[str]:
+        """Names of all files in the store, partial ones included."""
+        return [str(path.relative_to(self.store.root)) for path in self.store.root.rglob("*") if path.is_file()]
+
+    def remaining_processes(self) -> list[str]:
+        """Every process of this server that still runs, found by the data folder in its environment."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get("MEDSORA_DATA_DIR") == str(self.data_dir):
+                    found.append(" ".join(process.cmdline()))
+            except psutil.Error:
+                continue
+        return found
+
+    def stop(self) -> int:
+        """Stop it with SIGTERM; returns the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.wait_for_exit()
+
+    def wait_for_exit(self) -> int:
+        """Wait for its end, and close everything that looked at it."""
+        code = self.process.wait(60)
+        self._reader.join(10)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        self.http.close()
+        self.client.close()
+        self.database.close()
+        return code
+
+
+StartServer = Callable[..., RunningServer]
+
+
+@pytest.fixture
+def start_server(tmp_path: Path, tiny_checkpoint: Path) -> Iterator[StartServer]:
+    """Start servers; all of them are stopped after the test."""
+    started: list[RunningServer] = []
+
+    def start(data_dir: Path | None = None, checkpoint: Path | None = None, **options: object) -> RunningServer:
+        server = RunningServer(data_dir or tmp_path / "data", checkpoint or tiny_checkpoint, **options)  # type: ignore[arg-type]
+        started.append(server)
+        return server
+
+    yield start
+    for server in started:
+        if server.process.poll() is None:
+            server.stop()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Iterator[RunningServer]:
+    """One server for all tests of a module."""
+    running = RunningServer(tmp_path_factory.mktemp("served") / "data", tiny_checkpoint)
+    yield running
+    assert running.stop() == 0, "\n".join(running.lines[-40:])
+    assert running.remaining_processes() == []
