@@ -84,9 +84,15 @@ def api(
 def worker() -> None:
     """Sample videos. Needs MEDSORA_REDIS_URL; shares database and data folder with the API."""
     settings = _settings()
+    import warnings
+
+    from celery.platforms import SecurityWarning
+
     from server.settings import SettingsError
     from server.worker.celery_app import make_celery, worker_arguments
 
+    # Celery warns of root because pickled messages could run code; only JSON is accepted here.
+    warnings.filterwarnings("ignore", category=SecurityWarning)
     try:
         make_celery(settings).worker_main(worker_arguments(settings))
     except SettingsError as error:

@@ -148,7 +148,7 @@ class Supervisor:
         self._children: list[_Child] = []
 
     def run(self) -> int:
-        """Serve until SIGTERM or SIGINT; returns the exit code.
+        """Serve until SIGTERM, SIGINT or SIGHUP; returns the exit code.
 
         Raises:
             ServeError: The data folder is taken, the port is taken, or there is no Redis.
@@ -164,7 +164,7 @@ class Supervisor:
             raise ServeError(f"the data folder {data_dir} cannot be made: {error.strerror}") from error
         with _lock(data_dir / "server.lock"), _listen(settings.host, settings.port) as listener:
             migrate(self._database)
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, self._on_stop_signal)
             scratch: Path | None = None
             if settings.redis_url is None:

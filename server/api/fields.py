@@ -154,6 +154,8 @@ def _collect(pairs: list[tuple[str, Any]], *, inside: str = "") -> dict[str, Any
             for nested_name, nested_value in _nested(name, value).items():
                 _put(fields, nested_name, nested_value)
             continue
+        if not _is_storable(name):
+            raise RequestRefusedError("A field has a name that is no text.", code="unknown_field")
         if name in _UNSUPPORTED:
             raise _refused(name, f"{name}: is not supported: {_UNSUPPORTED[name]}")
         if name not in CreateVideoFields.model_fields:
@@ -176,8 +178,19 @@ def _nested(name: str, value: Any) -> dict[str, Any]:
 def _put(fields: dict[str, Any], name: str, value: Any) -> None:
     if name in fields:
         raise _refused(name, f"{name}: is given more than once")
+    if isinstance(value, str) and not _is_storable(value):
+        raise _refused(name, f"{name}: must be text without zero bytes or halves of surrogate pairs")
     if value is not None:
         fields[name] = value
+
+
+def _is_storable(text: str) -> bool:
+    """Whether a database and an answer can hold it: JSON can escape what UTF-8 cannot say."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
 
 
 def _parse_json(body: bytes, *, what: str) -> Any:

@@ -61,6 +61,7 @@ def make_celery(settings: Settings) -> Celery:
 def worker_arguments(settings: Settings) -> list[str]:
     """Command line of the Celery worker, for ``Celery.worker_main``."""
     return [
+        "--quiet",  # no banner; what happens is logged
         "worker",
         f"--loglevel={settings.log_level.upper()}",
         "--without-gossip",

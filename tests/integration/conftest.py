@@ -174,7 +174,9 @@ class RunningServer:
         found = []
         for process in psutil.process_iter():
             try:
-                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get("MEDSORA_DATA_DIR") == str(self.data_dir):
+                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get("MEDSORA_DATA_DIR") == str(
+                    self.data_dir
+                ):
                     found.append(" ".join(process.cmdline()))
             except psutil.Error:
                 continue

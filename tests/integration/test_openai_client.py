@@ -71,7 +71,9 @@ def test_download_of_a_part(server: "RunningServer") -> None:
 
 
 def test_errors_are_readable(server: "RunningServer") -> None:
-    with pytest.raises(openai.BadRequestError, match=r"no label 'a cat'; allowed: regular-convex, covid-convex") as caught:
+    with pytest.raises(
+        openai.BadRequestError, match=r"no label 'a cat'; allowed: regular-convex, covid-convex"
+    ) as caught:
         server.client.videos.create(prompt="a cat")
     assert (caught.value.param, caught.value.code) == ("prompt", "invalid_prompt")
     assert caught.value.request_id
@@ -112,7 +114,9 @@ def test_wrong_bodies_reach_real_sockets(server: "RunningServer") -> None:
     response = server.http.post("/v1/videos", content=b"{", headers={"content-type": "application/json"})
     assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_json")
     try:
-        response = server.http.post("/v1/videos", content=b"x" * (26 * 2**20), headers={"content-type": "application/json"})
+        response = server.http.post(
+            "/v1/videos", content=b"x" * (26 * 2**20), headers={"content-type": "application/json"}
+        )
         assert response.status_code == 413
     except httpx.TransportError:
         pass  # the server hung up before we had sent it all, which is its right
@@ -139,7 +143,9 @@ def test_second_server_on_the_same_data_is_refused(server: "RunningServer", tiny
 
     command = [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--data-dir", str(server.data_dir)]
     command += ["--checkpoint", str(tiny_checkpoint)]
-    second = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=Path(__file__).parents[2])
+    second = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=False, cwd=Path(__file__).parents[2]
+    )
     assert second.returncode == 2
     assert f"another server (process {server.process.pid}) uses the data folder" in second.stderr
     assert server.http.get("/health/ready").status_code == 200

@@ -3,10 +3,14 @@
 import json
 from typing import Any
 
+import hypothesis
 import pytest
 from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
 
 from medsora.request import MAX_SEED
+from server.api.fields import CreateVideoFields
 from server.app import create_app
 from server.settings import Settings
 
@@ -259,3 +263,31 @@ def test_full_disk_takes_no_jobs(settings: Settings) -> None:
         assert response.json()["error"]["code"] == "storage_full"
         assert "retry-after" in response.headers
         assert client.get("/v1/videos").json()["data"] == []
+
+
+@pytest.mark.parametrize("text", ["covid lung\\ud800", "covid lung\\u0000"])
+def test_text_that_no_database_can_hold_is_refused(client: TestClient, text: str) -> None:
+    refused(post_json(client, f'{{"prompt": "{text}"}}'), "prompt", "must be text")
+    refused(post_json(client, f'{{"prompt": "covid lung", "model": "{text}"}}'), "model", "must be text")
+    refused(post_json(client, f'{{"prompt": "covid lung", "{text}": 1}}'), None, "no text")
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+FIELD_NAMES = st.sampled_from([*CreateVideoFields.model_fields, "extra_body", "extra_params"]) | st.text(max_size=10)
+
+
+@given(
+    fields=st.dictionaries(FIELD_NAMES, JSON_VALUES, max_size=4), prompt=st.sampled_from(["covid-convex", "nonsense"])
+)
+@hypothesis.settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_no_body_breaks_the_server(client: TestClient, fields: dict[str, Any], prompt: str) -> None:
+    response = post_json(client, json.dumps({"prompt": prompt, **fields}))
+    assert response.status_code in (200, 400, 429), response.text
+    if response.status_code == 400:
+        assert response.json()["error"]["message"]
