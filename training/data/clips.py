@@ -5,6 +5,7 @@ host-to-device copy in the training loop.
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,14 +88,14 @@ def load_clips(
         DataError: A file is missing, not decodable, of another size or length than the table says, or no
             clip is long enough for one window.
     """
-    decoded: list[np.ndarray] = []
     starts: list[int] = []
     strides: list[int] = []
     clips: list[int] = []
     conditions: list[tuple[int, ...]] = []
     offset = 0
-    for index, record in enumerate(records):
-        frames = _decode(record, root, height, width)
+    with ThreadPoolExecutor() as pool:  # decoding runs outside of the interpreter's lock
+        all_frames = list(pool.map(lambda record: _decode(record, root, height, width), records))
+    for index, (record, frames) in enumerate(zip(records, all_frames, strict=True)):
         stride = stride_for(record.fps, target_fps)
         found = window_starts(record.frames, cuts=record.cuts, num_frames=num_frames, stride=stride, step=step)
         condition = condition_indices(record, columns=condition_columns, names=condition_names)
@@ -102,14 +103,13 @@ def load_clips(
         strides += [stride] * len(found)
         clips += [index] * len(found)
         conditions += [condition] * len(found)
-        decoded.append(frames)
         offset += record.frames
     if not starts:
         raise DataError(f"none of the {len(records)} clips has {num_frames} frames at {target_fps:g} frames/s")
     return ClipSet(
         records=tuple(records),
         num_frames=num_frames,
-        frames=torch.from_numpy(np.concatenate(decoded)).to(device),
+        frames=torch.from_numpy(np.concatenate(all_frames)).to(device),
         starts=torch.tensor(starts, device=device),
         strides=torch.tensor(strides, device=device),
         clips=torch.tensor(clips, device=device),
