@@ -84,6 +84,7 @@ def save_checkpoint(
         with tempfile.TemporaryDirectory(dir=target) as scratch:
             path = Path(scratch) / name
             save_file(tensors, path)
+            path.chmod(0o644)  # the library writes 0600; an installed package is read by other users
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             path.replace(target / name)

@@ -292,7 +292,7 @@ def _reconstruction_sheet(
     names: list[str] = []
     for original in originals:
         video = from_uint8(original[None])
-        decoded = autoencoder.decode(autoencoder.encode(video))
+        decoded = autoencoder.decode(autoencoder.encode(video.to(autoencoder.latent_mean.dtype)))
         rows += [original.cpu().numpy(), to_uint8(decoded)[0].cpu().numpy()]
         names += ["test clip", "reconstruction"]
     write_contact_sheet(path, rows, columns=settings.sheet_columns, labels=names)

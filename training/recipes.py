@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from medsora.config import ModelConfig
 from medsora.presets import preset
-from training.config import DataConfig, LoopConfig, OptimizerConfig, TrainConfig
+from training.config import DataConfig, DenoiserLossConfig, LoopConfig, OptimizerConfig, TrainConfig
 
 __all__ = [
     "RECIPES",
@@ -35,7 +35,7 @@ def _model(name: str) -> ModelConfig:
 
 
 def autoencoder_small() -> TrainConfig:
-    """Lung-ultrasound autoencoder of the ``small`` preset, for one GPU."""
+    """Lung-ultrasound autoencoder of the ``small`` preset: six minutes on one H200."""
     return TrainConfig(
         recipe="autoencoder_small",
         part="autoencoder",
@@ -44,13 +44,13 @@ def autoencoder_small() -> TrainConfig:
         data=replace(LUNG_DATA, sampling_exponent=0.75),
         optimizer=OptimizerConfig(learning_rate=6e-4, betas=(0.9, 0.99), warmup_steps=300),
         loop=LoopConfig(
-            steps=20_000, batch_size=32, ema_decay=0.998, compile=True, evaluate_every=2000, checkpoint_every=2000
+            steps=3200, batch_size=32, ema_decay=0.998, compile=True, evaluate_every=1500, checkpoint_every=3000
         ),
     )
 
 
 def denoiser_small() -> TrainConfig:
-    """Lung-ultrasound denoiser of the ``small`` preset, for one GPU; needs the autoencoder's run."""
+    """Lung-ultrasound denoiser of the ``small`` preset: nine minutes on one H200. Needs the autoencoder's run."""
     return TrainConfig(
         recipe="denoiser_small",
         part="denoiser",
@@ -58,8 +58,9 @@ def denoiser_small() -> TrainConfig:
         data=LUNG_DATA,
         optimizer=OptimizerConfig(learning_rate=1e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=300),
         loop=LoopConfig(
-            steps=30_000, batch_size=256, ema_decay=0.999, compile=True, evaluate_every=2000, checkpoint_every=5000
+            steps=5000, batch_size=256, ema_decay=0.9985, compile=True, evaluate_every=2000, checkpoint_every=5000
         ),
+        denoiser_loss=DenoiserLossConfig(time_mean=0.4),
     )
 
 

@@ -145,8 +145,9 @@ def reconstruct(autoencoder: VideoAutoencoder, clips: ClipSet) -> Reconstruction
     Args:
         autoencoder: In evaluation mode.
     """
+    dtype = autoencoder.latent_mean.dtype
     return measure_reconstruction(
-        lambda video: autoencoder.decode(autoencoder.encode(video)), clips, batch_size=EVALUATION_BATCH
+        lambda video: autoencoder.decode(autoencoder.encode(video.to(dtype))), clips, batch_size=EVALUATION_BATCH
     )
 
 

@@ -95,7 +95,7 @@ def load_clips(
     offset = 0
     with ThreadPoolExecutor() as pool:  # decoding runs outside of the interpreter's lock
         all_frames = list(pool.map(lambda record: _decode(record, root, height, width), records))
-    for index, (record, frames) in enumerate(zip(records, all_frames, strict=True)):
+    for index, record in enumerate(records):
         stride = stride_for(record.fps, target_fps)
         found = window_starts(record.frames, cuts=record.cuts, num_frames=num_frames, stride=stride, step=step)
         condition = condition_indices(record, columns=condition_columns, names=condition_names)

@@ -120,10 +120,11 @@ def test_labels_need_words() -> None:
         describe_labels([{"finding": "cyst", "probe": "convex"}])
 
 
-def test_evaluation_writes_a_report_and_sheets(made: Path, table: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_evaluation_writes_a_report_and_sheets(made: Path, table: Path, tmp_path: Path, dtype: str) -> None:
     figures = evaluate_checkpoint(
         made / "checkpoint", tmp_path, table=table, data=recipe("denoiser_tiny").data, squeezenet=SqueezeNet().eval(),
-        device=torch.device("cpu"), settings=EvaluationConfig(num_samples=7, batch_size=4, sheet_clips=1),
+        device=torch.device("cpu"), settings=EvaluationConfig(num_samples=7, batch_size=4, sheet_clips=1, dtype=dtype),
         report=lambda text: None,
     )  # fmt: skip
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == figures
