@@ -4,7 +4,6 @@ Whatever happens, the job is settled here, unless the process dies or the databa
 lease runs out and the reaper settles it.
 """
 
-import json
 import logging
 import os
 import time
@@ -16,16 +15,16 @@ from celery.exceptions import SoftTimeLimitExceeded
 from sqlalchemy.exc import SQLAlchemyError
 
 from medsora.errors import BackendError, CheckpointError, MedsoraError, VideoError
+from medsora.provenance import clip_metadata
 from medsora.request import GenerationRequest
 from medsora.video_io import probe_video, write_mp4
-from server.checkpoints import ServedCheckpoint
 from server.jobs.queue import JobQueue, QueueError
-from server.jobs.repository import Claim, FinishedWork, JobRecord
+from server.jobs.repository import Claim, FinishedWork
 from server.storage import ArtifactInfo, StorageFullError
 from server.worker.progress import ClaimKeeper, ClaimLost, JobCanceled, WorkerStopping
 from server.worker.runtime import WorkerRuntime
 
-__all__ = ["run_job", "video_metadata"]
+__all__ = ["run_job"]
 
 logger = logging.getLogger(__name__)
 
@@ -84,12 +83,13 @@ def _make(runtime: WorkerRuntime, claim: Claim, keeper: ClaimKeeper) -> Finished
     frames = pipeline([request], on_step=keeper.on_step)[0]
     sampled = time.monotonic()
     keeper.check()
-    encoded = sampled
+    metadata = clip_metadata(request, model=checkpoint.name, model_sha256=checkpoint.sha256)
+    encoded = 0.0
 
     def write(path: Path) -> None:
         nonlocal encoded
         encode_began = time.monotonic()
-        write_mp4(path, frames, fps=job.fps, metadata=video_metadata(job, checkpoint))
+        write_mp4(path, frames, fps=job.fps, metadata=metadata)
         encoded = time.monotonic() - encode_began
 
     store_began = time.monotonic()
@@ -124,30 +124,6 @@ def _store(
         if runtime.store.free_bytes() < frames.nbytes:
             raise StorageFullError("no room for the video") from error
         raise
-
-
-def video_metadata(job: JobRecord, checkpoint: ServedCheckpoint) -> dict[str, str]:
-    """Container metadata of a video: that it is synthetic, and what made it.
-
-    Nothing in it changes between two runs of the same request, so that equal videos are equal files.
-    """
-    origin = {
-        "synthetic": True,
-        "digital_source_type": "trainedAlgorithmicMedia",
-        "model": checkpoint.name,
-        "model_sha256": checkpoint.sha256,
-        "label": job.label,
-        "seed": job.seed,
-        "num_inference_steps": job.num_inference_steps,
-        "guidance_scale": job.guidance_scale,
-        "sampler": job.sampler,
-    }
-    return {
-        "title": f"Synthetic video: {job.label}",
-        "comment": json.dumps(origin, sort_keys=True),
-        "description": "Synthetic video made by a generative model (MedSora). It shows no patient. "
-        "For research only, not for diagnosis.",
-    }
 
 
 def _withdraw(runtime: WorkerRuntime, claim: Claim, artifact: str) -> None:

@@ -2,12 +2,13 @@
 
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import func, select, text
+from sqlalchemy import func, insert, select, text
 
 from server.jobs.database import Database, database_now, migrate
 from server.jobs.model import Base, WorkerProcess
@@ -75,6 +76,31 @@ def test_writers_wait_for_each_other(database: Database) -> None:
         thread.join()
     with database.read() as connection:
         assert connection.scalar(select(func.count()).select_from(WorkerProcess)) == 4
+
+
+def test_transactions_that_read_before_they_write_do_not_fail_each_other(database: Database) -> None:
+    """Without the lock from the beginning, SQLite refuses the second of two such writers at once."""
+    both_have_read = threading.Barrier(2)
+    errors: list[BaseException] = []
+
+    def read_then_write(name: str) -> None:
+        try:
+            with database.write() as connection:
+                connection.scalar(select(func.count()).select_from(WorkerProcess))
+                with suppress(threading.BrokenBarrierError):
+                    both_have_read.wait(0.3)  # the second one is still waiting for the lock
+                connection.execute(
+                    insert(WorkerProcess).values(id=name, started_at=0, seen_at=0, models="", device="", rss_bytes=0)
+                )
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=read_then_write, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
 
 
 def test_memory_is_no_place_for_jobs() -> None:
