@@ -22,8 +22,8 @@ from medsora.errors import BackendError
 
 __all__ = ["BACKENDS", "resolve_backend", "ssd", "ssd_chunked", "ssd_dual", "ssd_reference"]
 
-DUAL_MAX_LENGTH = 256
-"""Up to here ``auto`` takes ``dual``: on 2 CPU cores it is the faster one (benchmarks/README.md)."""
+DUAL_MAX_LENGTH = 128
+"""Up to here ``auto`` takes ``dual``: measured on a CPU with benchmarks/ssd.py (docs/experiments.md)."""
 CHUNK_SIZE = 64
 
 X = Float[Tensor, "b l k e"]
@@ -86,7 +86,8 @@ def ssd_dual(x: X, dt: DT, A: A_, B: BC, C: BC, D: A_ | None = None) -> X:
 def ssd_chunked(x: X, dt: DT, A: A_, B: BC, C: BC, D: A_ | None = None, *, chunk_size: int = CHUNK_SIZE) -> X:
     """Dual form inside chunks, state carried between them: any length, linear cost. See :func:`ssd`."""
     length, num_heads = x.shape[1], x.shape[2]
-    chunk_size = min(chunk_size, length)
+    if length <= chunk_size:  # one chunk, nothing to carry
+        return ssd_dual(x, dt, A, B, C, D)
     padding = -length % chunk_size
     if padding:  # steps of dt = 0 change no state and their outputs are cut off
         x, B, C = (torch.nn.functional.pad(v, (0, 0, 0, 0, 0, padding)) for v in (x, B, C))
