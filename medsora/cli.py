@@ -28,10 +28,12 @@ from medsora.jsonconfig import to_json
 from medsora.manifest import Manifest, find_checkpoint, list_checkpoints, read_manifest
 from medsora.provenance import clip_metadata
 from medsora.request import GenerationRequest, random_seed, resolve_request
+from medsora.threads import let_idle_threads_sleep
 
 __all__ = ["app", "main"]
 
 MAX_HEADER_BYTES = 10 * 2**20
+SHOWN_SYNONYMS = 5
 ABOUT_FIELDS = ("description", "modality", "intended_use", "licence", "created_at")
 
 app = typer.Typer(
@@ -45,6 +47,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; exits with 2 for what was asked wrongly, 1 for what failed."""
+    let_idle_threads_sleep()
     app()
 
 
@@ -280,7 +283,10 @@ def _labels_table(manifest: Manifest) -> Table:
     table = Table("label", "also called", "condition", "description")
     for label in manifest.labels:
         condition = ", ".join(f"{name}={value}" for name, value in label.condition.items())
-        table.add_row(label.name, ", ".join(label.synonyms), condition, label.description)
+        also = ", ".join(label.synonyms[:SHOWN_SYNONYMS])
+        if len(label.synonyms) > SHOWN_SYNONYMS:
+            also += f", ... ({len(label.synonyms)} in all: --json)"
+        table.add_row(label.name, also, condition, label.description)
     return table
 
 

@@ -86,6 +86,10 @@ def worker() -> None:
     settings = _settings()
     import warnings
 
+    from medsora.threads import let_idle_threads_sleep
+
+    let_idle_threads_sleep()
+
     from celery.platforms import SecurityWarning
 
     from server.settings import SettingsError

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from medsora.errors import MedsoraError
+from medsora.threads import let_idle_threads_sleep
 from training.config import TrainConfig, override
 from training.recipes import RECIPES, recipe
 
@@ -197,6 +198,7 @@ def _report(text: str) -> None:
 
 def main() -> None:
     """Console script: errors of MedSora end with one line and status 1, not with a stack trace."""
+    let_idle_threads_sleep()
     try:
         app()
     except MedsoraError as error:
