@@ -5,10 +5,8 @@ compared with the manifest and its header is bounded; after, keys and shapes mus
 values finite. The manifest is written last, so a directory with one is whole.
 """
 
-import hashlib
 import json
 import os
-import struct
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,13 +24,12 @@ from medsora.manifest import FORMAT_VERSION, FileRecord, Label, Limits, Manifest
 from medsora.models.autoencoder import VideoAutoencoder
 from medsora.models.denoiser import Denoiser
 from medsora.presets import preset
+from medsora.weightfile import read_weight_header, sha256_of
 
-__all__ = ["LoadedCheckpoint", "load_checkpoint", "save_checkpoint", "sha256_of", "write_tiny_checkpoint"]
+__all__ = ["LoadedCheckpoint", "load_checkpoint", "save_checkpoint", "write_tiny_checkpoint"]
 
 WEIGHT_FILES = ("autoencoder.safetensors", "denoiser.safetensors")
 CHECKED_FILES = ("config.json", *WEIGHT_FILES)
-MAX_HEADER_BYTES = 10 * 2**20
-MAX_TENSORS = 20_000
 MAX_WEIGHT_BYTES = 16 * 2**30
 
 
@@ -44,12 +41,6 @@ class LoadedCheckpoint:
     manifest: Manifest
     autoencoder: VideoAutoencoder
     denoiser: Denoiser
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file as lower-case hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_checkpoint(
@@ -145,23 +136,8 @@ def _check_file(path: Path, record: FileRecord) -> None:
         raise CheckpointError(f"{path} was altered: its SHA-256 is {digest}, the manifest says {record.sha256}")
 
 
-def _check_header(path: Path) -> None:
-    # the library would accept a header of 100 MB with a million tensors, which costs it a gigabyte
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER_BYTES + 1
-        if length > MAX_HEADER_BYTES:
-            raise CheckpointError(f"{path} is no safetensors file, or its header exceeds {MAX_HEADER_BYTES} bytes")
-        try:
-            header = json.loads(file.read(length))
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} has no valid safetensors header: {error}") from error
-    if not isinstance(header, dict) or len(header) > MAX_TENSORS:
-        raise CheckpointError(f"{path} has no valid safetensors header, or more than {MAX_TENSORS} tensors")
-
-
 def _load_weights(path: Path, module: nn.Module) -> None:
-    _check_header(path)
+    read_weight_header(path)  # its bounds; the values are read by the library
     try:
         stored = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:

@@ -5,10 +5,8 @@ Torch is loaded by ``generate`` alone, so that ``info`` and ``--help`` answer at
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import struct
 import tempfile
 import time
 from collections import Counter
@@ -29,10 +27,10 @@ from medsora.manifest import Manifest, find_checkpoint, list_checkpoints, read_m
 from medsora.provenance import clip_metadata
 from medsora.request import GenerationRequest, random_seed, resolve_request
 from medsora.threads import let_idle_threads_sleep
+from medsora.weightfile import read_weight_header, sha256_of
 
 __all__ = ["app", "main"]
 
-MAX_HEADER_BYTES = 10 * 2**20
 SHOWN_SYNONYMS = 5
 ABOUT_FIELDS = ("description", "modality", "intended_use", "licence", "created_at")
 
@@ -214,7 +212,7 @@ def info(
 
 
 def _manifest_sha256(directory: Path) -> str:
-    return hashlib.sha256((directory / "manifest.json").read_bytes()).hexdigest()
+    return sha256_of(directory / "manifest.json")
 
 
 def _describe_file(directory: Path, manifest: Manifest, name: str) -> dict[str, Any]:
@@ -224,8 +222,7 @@ def _describe_file(directory: Path, manifest: Manifest, name: str) -> dict[str, 
     found: dict[str, Any] = {"size_bytes": record.size_bytes, "sha256": record.sha256}
     if not path.is_file():
         return {**found, "state": "missing"}
-    with path.open("rb") as file:
-        unaltered = hashlib.file_digest(file, "sha256").hexdigest() == record.sha256
+    unaltered = sha256_of(path) == record.sha256
     found["state"] = "ok" if unaltered else "altered"
     if unaltered and path.suffix == ".safetensors":
         found["values"] = _count_values(path)
@@ -235,13 +232,8 @@ def _describe_file(directory: Path, manifest: Manifest, name: str) -> dict[str, 
 def _count_values(path: Path) -> int:
     """Number of values in a safetensors file, from its header alone."""
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > MAX_HEADER_BYTES:
-                raise CheckpointError(f"{path}: its header exceeds {MAX_HEADER_BYTES} bytes")
-            header = json.loads(file.read(length))
-            return sum(math.prod(entry["shape"]) for key, entry in header.items() if key != "__metadata__")
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        return sum(math.prod(entry["shape"]) for entry in read_weight_header(path).values())
+    except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} has no valid safetensors header") from error
 
 

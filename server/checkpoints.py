@@ -1,12 +1,12 @@
 """The checkpoints that this server offers, as far as their manifests tell: loads no weights, no torch."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from medsora.errors import CheckpointError
 from medsora.manifest import Manifest, find_checkpoint, read_manifest
+from medsora.weightfile import sha256_of
 
 __all__ = ["Catalogue", "ServedCheckpoint"]
 
@@ -58,7 +58,7 @@ class Catalogue:
                 ServedCheckpoint(
                     directory=directory,
                     manifest=manifest,
-                    sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+                    sha256=sha256_of(path),
                     created=int(path.stat().st_mtime),
                 )
             )

@@ -6,7 +6,6 @@ to own one job. This module knows no video format: how to write and to check a f
 """
 
 import errno
-import hashlib
 import os
 import re
 import shutil
@@ -14,6 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from medsora.weightfile import sha256_of
 
 __all__ = ["ArtifactInfo", "ArtifactStore", "StorageFullError", "StoredFile", "job_id_of"]
 
@@ -77,7 +78,7 @@ class ArtifactStore:
             write(partial)
             _sync(partial)
             check(partial)
-            size_bytes, sha256 = _digest(partial)
+            size_bytes, sha256 = partial.stat().st_size, sha256_of(partial)
             partial.replace(target)
             _sync(target.parent)
         except BaseException as error:
@@ -175,8 +176,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _digest(path: Path) -> tuple[int, str]:
-    with path.open("rb") as file:
-        return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,7 +6,6 @@ damaged later is recognised by its hashes and skipped. Random numbers need no sa
 from (run seed, step).
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from medsora.jsonconfig import from_json, to_json
+from medsora.weightfile import sha256_of
 from training.config import TrainConfig
 from training.errors import TrainingError
 
-__all__ = ["TrainingState", "load_newest", "optimizer_tensors", "restore_optimizer", "save_state", "sha256_of"]
+__all__ = ["TrainingState", "load_newest", "optimizer_tensors", "restore_optimizer", "save_state"]
 
 MANIFEST = "manifest.json"
 PREFIX = "step-"
@@ -42,12 +42,6 @@ class TrainingState:
     average: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     """``"<parameter>/<quantity>"``, e.g. ``"head.weight/exp_avg"``."""
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def save_state(directory: Path, state: TrainingState, *, keep: int) -> Path:

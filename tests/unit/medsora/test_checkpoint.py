@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from medsora.checkpoint import load_checkpoint, save_checkpoint, sha256_of, write_tiny_checkpoint
+from medsora.checkpoint import load_checkpoint, save_checkpoint, write_tiny_checkpoint
 from medsora.errors import CheckpointError
 from medsora.manifest import find_checkpoint, list_checkpoints, read_manifest
+from medsora.weightfile import sha256_of
 
 
 @pytest.fixture(scope="module")
