@@ -100,7 +100,18 @@ def test_noise_depends_on_seed_and_shape_alone() -> None:
     assert torch.equal(noise, initial_noise(3, (4, 2, 8, 8)))
     assert not torch.equal(noise, initial_noise(4, (4, 2, 8, 8)))
     assert abs(initial_noise(0, (64, 4, 16, 16)).std().item() - 1) < 0.02
-    initial_noise(2**63 - 1, (1, 1, 1, 1))
+
+
+def test_every_bit_of_a_seed_counts() -> None:
+    seeds = [7, 7 + 2**31, 7 + 2**32, 7 + 2**62, 0, 2**32, 2**62, 2**63 - 1]
+    noises = {initial_noise(seed, (2, 1, 2, 2)).numpy().tobytes() for seed in seeds}
+    assert len(noises) == len(seeds)
+
+
+def test_noise_of_a_seed_never_changes() -> None:
+    # clips are made again from their seeds, years later: these numbers must stay
+    noise = initial_noise(7, (1, 1, 1, 4)).flatten()
+    assert torch.allclose(noise, torch.tensor([0.9838023, -1.4327964, 0.2325132, -1.361203]), atol=1e-6)
 
 
 def test_requests_that_cannot_share_a_batch_are_refused(pipeline: VideoPipeline) -> None:
