@@ -2,9 +2,11 @@
 
 Weights are data, never code: safetensors and JSON only. Before any tensor is made, a file's size and hash are
 compared with the manifest and its header is bounded; after, keys and shapes must be the network's own, and
-values finite. The manifest is written last, so a directory with one is whole.
+values finite. Files are read once and then checked in memory. In a new directory the manifest is written last, so
+one that has a manifest is whole.
 """
 
+import hashlib
 import json
 import os
 import tempfile
@@ -14,22 +16,33 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from medsora.config import ModelConfig, config_from_json, config_to_json
+from medsora.diffusion.samplers import SAMPLERS
 from medsora.errors import CheckpointError
+from medsora.files import parse_weight_header, read_bounded, sha256_of
+from medsora.geometry import is_valid_video_shape
 from medsora.jsonconfig import to_json
-from medsora.manifest import FORMAT_VERSION, FileRecord, Label, Limits, Manifest, read_json, read_manifest
+from medsora.manifest import (
+    CHECKED_FILES,
+    FORMAT_VERSION,
+    FileRecord,
+    Label,
+    Limits,
+    Manifest,
+    parse_json,
+    read_manifest,
+)
 from medsora.models.autoencoder import VideoAutoencoder
 from medsora.models.denoiser import Denoiser
 from medsora.presets import preset
-from medsora.weightfile import read_weight_header, sha256_of
 
 __all__ = ["LoadedCheckpoint", "load_checkpoint", "save_checkpoint", "write_tiny_checkpoint"]
 
-WEIGHT_FILES = ("autoencoder.safetensors", "denoiser.safetensors")
-CHECKED_FILES = ("config.json", *WEIGHT_FILES)
+WEIGHT_FILES = CHECKED_FILES[1:]
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_WEIGHT_BYTES = 16 * 2**30
 
 
@@ -54,6 +67,8 @@ def save_checkpoint(
 ) -> Manifest:
     """Write a checkpoint directory; each file appears whole or not at all, the manifest last.
 
+    To replace a checkpoint that is in use, write to a new directory and rename that.
+
     Args:
         autoencoder: State dict of a :class:`VideoAutoencoder` of ``config.autoencoder``.
         denoiser: State dict of a :class:`Denoiser` of ``config.denoiser``.
@@ -67,7 +82,10 @@ def save_checkpoint(
         CheckpointError: Labels do not fit the configuration, or a weight does not fit ``dtype``.
     """
     target = Path(directory)
-    _check_labels(config, manifest, where=target)
+    try:
+        _check_manifest(config, manifest)
+    except ValueError as error:
+        raise CheckpointError(f"{target}: {error}") from error
     target.mkdir(parents=True, exist_ok=True)
     _write_whole(target / "config.json", _json_bytes(config_to_json(config)))
     for name, state in zip(WEIGHT_FILES, (autoencoder, denoiser), strict=True):
@@ -96,65 +114,69 @@ def load_checkpoint(directory: str | Path) -> LoadedCheckpoint:
     """
     source = Path(directory)
     manifest = read_manifest(source)
-    if set(manifest.files) != set(CHECKED_FILES):
-        raise CheckpointError(
-            f"{source}: manifest.json must list exactly {', '.join(CHECKED_FILES)}; "
-            f"it lists {', '.join(sorted(manifest.files)) or 'nothing'}"
-        )
-    for name, record in manifest.files.items():
-        _check_file(source / name, record)
+    # read once, then hashed and parsed from memory: a file changed meanwhile changes nothing here
+    contents = {name: _read_checked(source / name, manifest.files[name]) for name in CHECKED_FILES}
     try:
-        config = config_from_json(read_json(source / "config.json"))
-    except ValueError as error:
+        config_path = source / "config.json"
+        config = config_from_json(parse_json(contents["config.json"], name=str(config_path)))
+        _check_manifest(config, manifest)
+        # meta: shapes without memory or random numbers; the file's tensors become the weights
+        with torch.device("meta"):
+            autoencoder, denoiser = VideoAutoencoder(config.autoencoder), Denoiser(config.denoiser)
+    except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"{source}: {error}") from error
-    _check_labels(config, manifest, where=source)
-    # meta: shapes without memory or random numbers; the file's tensors become the weights
-    with torch.device("meta"):
-        autoencoder, denoiser = VideoAutoencoder(config.autoencoder), Denoiser(config.denoiser)
     for name, module in zip(WEIGHT_FILES, (autoencoder, denoiser), strict=True):
-        _load_weights(source / name, module)
+        _load_weights(contents[name], module, name=str(source / name))
     return LoadedCheckpoint(config, manifest, autoencoder.eval(), denoiser.eval())
 
 
-def _check_labels(config: ModelConfig, manifest: Manifest, *, where: Path) -> None:
+def _check_manifest(config: ModelConfig, manifest: Manifest) -> None:
+    """Raise ``ValueError`` where labels or limits promise what the networks cannot do."""
     for label in manifest.labels:
         try:
             config.condition_indices(label.condition)
         except ValueError as error:
-            raise CheckpointError(f"{where}: label {label.name!r}: {error}") from error
+            raise ValueError(f"label {label.name!r}: {error}") from error
+    patch_size, limits = config.denoiser.patch_size, manifest.limits
+    for num_frames in limits.num_frames:
+        for width, height in limits.sizes:
+            if not is_valid_video_shape(num_frames, height, width, patch_size=patch_size):
+                raise ValueError(f"limits allow {num_frames} frames of {width}x{height}, which cannot be coded")
+    unknown = sorted(set(limits.samplers) - set(SAMPLERS))
+    if unknown:
+        raise ValueError(f"limits name unknown samplers: {', '.join(unknown)}; known: {', '.join(SAMPLERS)}")
 
 
-def _check_file(path: Path, record: FileRecord) -> None:
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    if size != record.size_bytes or size > MAX_WEIGHT_BYTES:
-        raise CheckpointError(f"{path} has {size} bytes, the manifest says {record.size_bytes}")
-    digest = sha256_of(path)
+def _read_checked(path: Path, record: FileRecord) -> bytes:
+    content = read_bounded(path, min(record.size_bytes, MAX_WEIGHT_BYTES))
+    if len(content) != record.size_bytes:
+        raise CheckpointError(f"{path} has {len(content)} bytes, the manifest says {record.size_bytes}")
+    digest = hashlib.sha256(content).hexdigest()
     if digest != record.sha256:
         raise CheckpointError(f"{path} was altered: its SHA-256 is {digest}, the manifest says {record.sha256}")
+    return content
 
 
-def _load_weights(path: Path, module: nn.Module) -> None:
-    read_weight_header(path)  # its bounds; the values are read by the library
+def _load_weights(content: bytes, module: nn.Module, *, name: str) -> None:
+    parse_weight_header(content, name=name)  # its bounds; the values are read by the library
     try:
-        stored = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        stored = load(content)
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{name} cannot be read: {error}") from error
     expected = module.state_dict()
     wrong = sorted(set(stored) ^ set(expected))
     if wrong:
-        raise CheckpointError(f"{path} has the wrong tensors, first of {len(wrong)}: {', '.join(wrong[:5])}")
+        raise CheckpointError(f"{name} has the wrong tensors, first of {len(wrong)}: {', '.join(wrong[:5])}")
+    weights = {}
     for key, value in stored.items():
         if value.shape != expected[key].shape:
             shapes = f"{tuple(value.shape)}, not {tuple(expected[key].shape)}"
-            raise CheckpointError(f"{path}: tensor {key} has shape {shapes}")
-        if value.is_floating_point() != expected[key].is_floating_point():
-            raise CheckpointError(f"{path}: tensor {key} has type {value.dtype}")
-        if not torch.isfinite(value).all():
-            raise CheckpointError(f"{path}: tensor {key} holds values that are not finite")
-    weights = {key: value.to(expected[key].dtype) for key, value in stored.items()}
+            raise CheckpointError(f"{name}: tensor {key} has shape {shapes}")
+        if value.dtype not in (FLOATS if expected[key].is_floating_point() else (torch.int64,)):
+            raise CheckpointError(f"{name}: tensor {key} has type {value.dtype}")
+        weights[key] = value.to(expected[key].dtype)
+        if not torch.isfinite(weights[key]).all():
+            raise CheckpointError(f"{name}: tensor {key} holds values that are not finite")
     module.load_state_dict(weights, strict=True, assign=True)
 
 

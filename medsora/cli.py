@@ -22,12 +22,12 @@ from rich.table import Column, Table
 
 from medsora import __version__
 from medsora.errors import CheckpointError, MedsoraError, RequestError, VideoError
+from medsora.files import read_weight_header, sha256_of
 from medsora.jsonconfig import to_json
 from medsora.manifest import Manifest, find_checkpoint, list_checkpoints, read_manifest
 from medsora.provenance import clip_metadata
 from medsora.request import GenerationRequest, random_seed, resolve_request
 from medsora.threads import let_idle_threads_sleep
-from medsora.weightfile import read_weight_header, sha256_of
 
 __all__ = ["app", "main"]
 

@@ -37,8 +37,10 @@ class AutoencoderConfig:
     """In the frequency-compensation modules of type B, while training; 0.2 is the paper's."""
 
     def __post_init__(self) -> None:
-        sizes = (self.in_channels, self.latent_channels, *self.channels, self.encoder_blocks, self.decoder_blocks)
-        _require(all(1 <= size <= 4096 for size in sizes), f"sizes must be 1 to 4096, got {sizes}")
+        sizes = (self.in_channels, self.latent_channels, *self.channels)
+        _require(all(1 <= size <= 4096 for size in sizes), f"channels must be 1 to 4096, got {sizes}")
+        blocks = (self.encoder_blocks, self.decoder_blocks)
+        _require(all(1 <= count <= 16 for count in blocks), f"blocks a stage must be 1 to 16, got {blocks}")
         _require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
 
 
@@ -69,9 +71,16 @@ class DenoiserConfig:
     """Number of classes of each condition; index ``size`` is the null class."""
 
     def __post_init__(self) -> None:
-        network = (self.in_channels, self.patch_size, self.hidden_size, self.depth, self.local_window)
-        sizes = (*network, self.d_state, self.d_conv, self.expand, self.headdim, *self.condition_sizes)
-        _require(all(1 <= size <= 65536 for size in sizes), f"sizes must be 1 to 65536, got {sizes}")
+        # bounds that no real network comes near, so that a hostile file cannot ask for one that never ends building
+        widths = (self.in_channels, self.hidden_size, self.local_window, self.d_state, self.headdim)
+        _require(all(1 <= size <= 8192 for size in widths), f"widths must be 1 to 8192, got {widths}")
+        small = (self.patch_size, self.d_conv, self.expand)
+        _require(all(1 <= size <= 16 for size in small), f"patch_size, d_conv, expand must be 1 to 16, got {small}")
+        _require(1 <= self.depth <= 256, f"depth must be 1 to 256, got {self.depth}")
+        _require(
+            len(self.condition_sizes) <= 16 and all(1 <= size <= 65536 for size in self.condition_sizes),
+            f"condition_sizes must be at most 16 of 1 to 65536, got {self.condition_sizes}",
+        )
         _require(
             self.out_channels in (self.in_channels, 2 * self.in_channels),
             f"out_channels must be in_channels or twice it, got {self.out_channels} for {self.in_channels}",
@@ -90,8 +99,8 @@ class DenoiserConfig:
             f"scan_order must be one of {SCAN_ORDERS}, got {self.scan_order!r}",
         )
         _require(
-            self.modulation_rank is None or 1 <= self.modulation_rank <= 65536,
-            f"modulation_rank must be None or positive, got {self.modulation_rank}",
+            self.modulation_rank is None or 1 <= self.modulation_rank <= 8192,
+            f"modulation_rank must be None or 1 to 8192, got {self.modulation_rank}",
         )
 
     @property
@@ -125,6 +134,8 @@ class ModelConfig:
             f"the autoencoder has {self.autoencoder.latent_channels} latent channels, "
             f"the denoiser takes {self.denoiser.in_channels}",
         )
+        for name, values in self.condition_names.items():
+            _require(len(set(values)) == len(values), f"condition_names.{name} has a value twice: {values}")
         sizes = tuple(len(values) for values in self.condition_names.values())
         _require(
             sizes == self.denoiser.condition_sizes,

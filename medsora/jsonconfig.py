@@ -54,7 +54,10 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return {str(key): _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if dataclasses.is_dataclass(kind):
         return _convert_dataclass(kind, value, where)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        # an integer too large for a float, or 1e999, which parses as infinity
+        if not -1e300 < value < 1e300:
+            raise ValueError(f"{where} must be a finite number")
         return float(value)
     # bool is an int to isinstance: "true" where a count belongs is a mistake, not 1
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):

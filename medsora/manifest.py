@@ -5,14 +5,17 @@ Read by the HTTP process, so nothing here may load torch. The weights themselves
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from medsora.errors import CheckpointError
+from medsora.files import read_bounded
 from medsora.jsonconfig import from_json
 
 __all__ = [
+    "CHECKED_FILES",
     "FORMAT_VERSION",
     "FileRecord",
     "Label",
@@ -20,11 +23,14 @@ __all__ = [
     "Manifest",
     "find_checkpoint",
     "list_checkpoints",
-    "read_json",
+    "normalise_label",
+    "parse_json",
     "read_manifest",
 ]
 
 FORMAT_VERSION = 1
+CHECKED_FILES = ("config.json", "autoencoder.safetensors", "denoiser.safetensors")
+"""What a checkpoint holds beside its manifest; the manifest has size and hash of each."""
 SHIPPED = Path(__file__).parent / "checkpoints"
 MAX_JSON_BYTES = 4 * 2**20
 
@@ -92,9 +98,16 @@ class Manifest:
         limits = self.limits
         if self.format_version != FORMAT_VERSION:
             raise ValueError(f"format_version is {self.format_version}, this version reads {FORMAT_VERSION}")
-        names = [label.name for label in self.labels]
-        if not names or len(set(names)) != len(names):
-            raise ValueError(f"labels must be there and have different names, got {names}")
+        if not self.labels:
+            raise ValueError("labels must be there")
+        owners: dict[str, str] = {}
+        for label in self.labels:
+            for text in (label.name, *label.synonyms):
+                owner = owners.setdefault(normalise_label(text), label.name)
+                if owner != label.name or not normalise_label(text):
+                    raise ValueError(f"labels: {text!r} of {label.name!r} is empty, or also means {owner!r}")
+        if len(set(self.label_names)) != len(self.labels):
+            raise ValueError(f"labels must have different names, got {list(self.label_names)}")
         if not (limits.sizes and limits.num_frames and limits.samplers and limits.fps > 0):
             raise ValueError("limits must name at least one size, num_frames and sampler, and fps above 0")
         for key, (low, default, high) in (
@@ -114,34 +127,74 @@ class Manifest:
         return f"{num_frames / self.limits.fps:.3f}".rstrip("0").rstrip(".")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file of a checkpoint, at most 4 MiB.
+def normalise_label(text: str) -> str:
+    """A label's name as it is compared: lower case, words and numbers only, single spaces.
+
+    >>> normalise_label("Covid-19,  CONVEX")
+    'covid 19 convex'
+    """
+    return " ".join(re.findall(r"[^\W_]+", text.casefold()))
+
+
+def parse_json(content: bytes, *, name: str) -> Any:
+    """Parse a JSON file of a checkpoint, strictly.
+
+    Args:
+        name: Of the file, for messages.
 
     Raises:
-        CheckpointError: No such file, too large, or no valid JSON.
+        CheckpointError: No valid JSON, a key given twice, a number that is not finite, or a text with control
+            characters (which a terminal that shows it would obey).
     """
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} has {size} bytes, more than the {MAX_JSON_BYTES} allowed")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        value = json.loads(content, object_pairs_hook=_object, parse_constant=_refuse_constant)
+        _refuse_control_characters(value)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no valid JSON: {error}") from error
+        raise CheckpointError(f"{name} is no valid JSON: {error}") from error
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return found
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _refuse_control_characters(value: Any) -> None:
+    if isinstance(value, str) and re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", value):
+        raise ValueError(f"control characters in {value[:40]!r}")
+    if isinstance(value, dict):
+        _refuse_control_characters(list(value))
+        _refuse_control_characters(list(value.values()))
+    if isinstance(value, list):
+        for item in value:
+            _refuse_control_characters(item)
 
 
 def read_manifest(directory: str | Path) -> Manifest:
     """Read and check ``manifest.json`` of a checkpoint directory; loads no torch, reads no weights.
 
     Raises:
-        CheckpointError: The file is missing, too large, no JSON, or has unknown or bad keys.
+        CheckpointError: The file is missing, larger than 4 MiB, no JSON, or has unknown or bad keys.
     """
     path = Path(directory) / "manifest.json"
     try:
-        return from_json(Manifest, read_json(path), where="manifest.json")
+        value = parse_json(read_bounded(path, MAX_JSON_BYTES), name=str(path))
+        manifest = from_json(Manifest, value, where="manifest.json")
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    if set(manifest.files) != set(CHECKED_FILES):
+        raise CheckpointError(
+            f"{path} must list exactly {', '.join(CHECKED_FILES)}; "
+            f"it lists {', '.join(sorted(manifest.files)) or 'nothing'}"
+        )
+    return manifest
 
 
 def list_checkpoints() -> list[str]:

@@ -12,7 +12,7 @@ from medsora.checkpoint import LoadedCheckpoint, load_checkpoint
 from medsora.diffusion.guidance import guided_velocity
 from medsora.diffusion.samplers import SAMPLERS
 from medsora.diffusion.schedule import timesteps
-from medsora.errors import BackendError
+from medsora.errors import BackendError, CheckpointError
 from medsora.geometry import latent_shape
 from medsora.manifest import Manifest, find_checkpoint
 from medsora.ops import resolve_backend
@@ -72,12 +72,16 @@ class VideoPipeline:
         name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         try:
             place = torch.device(name)
+            if place.type not in ("cpu", "cuda", "mps"):
+                raise BackendError(f"device must be auto, cpu, cuda or mps; got {name!r}")
             torch.zeros(1, device=place)
         except (RuntimeError, AssertionError) as error:
             first_line = str(error).splitlines()[0]
             raise BackendError(f"device {name!r} is not available here: {first_line}") from error
         default = torch.bfloat16 if place.type == "cuda" else torch.float32
         loaded = load_checkpoint(find_checkpoint(checkpoint))
+        if loaded.config.denoiser.out_channels != loaded.config.denoiser.in_channels:
+            raise CheckpointError(f"{checkpoint}: its denoiser predicts a variance too, which no sampler here takes")
         return cls(loaded, device=place, dtype=DTYPES.get(dtype, default), backend=backend)
 
     def __call__(

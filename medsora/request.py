@@ -4,13 +4,12 @@ Torch-free: the HTTP process refuses with these functions what the worker could 
 """
 
 import math
-import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from medsora.errors import RequestError
-from medsora.manifest import Label, Manifest
+from medsora.manifest import Label, Manifest, normalise_label
 
 __all__ = [
     "MAX_SEED",
@@ -56,19 +55,15 @@ def random_seed() -> int:
     return secrets.randbelow(2**53)
 
 
-def _normalise(text: str) -> str:
-    return " ".join(re.findall(r"[^\W_]+", text.casefold()))
-
-
 def resolve_label(manifest: Manifest, text: str) -> Label:
     """Find the label that a text names: a name or synonym, whatever its case and punctuation.
 
     Raises:
         RequestError: No label is called so; the error lists the names.
     """
-    wanted = _normalise(text)
+    wanted = normalise_label(text)
     for label in manifest.labels:
-        if wanted in {_normalise(name) for name in (label.name, *label.synonyms)}:
+        if wanted in {normalise_label(name) for name in (label.name, *label.synonyms)}:
             return label
     shown = text if len(text) <= 80 else text[:77] + "..."
     raise RequestError("label", f"{manifest.name} has no label {shown!r}", manifest.label_names)

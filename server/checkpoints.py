@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medsora.errors import CheckpointError
+from medsora.files import sha256_of
 from medsora.manifest import Manifest, find_checkpoint, read_manifest
-from medsora.weightfile import sha256_of
 
 __all__ = ["Catalogue", "ServedCheckpoint"]
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from medsora.weightfile import sha256_of
+from medsora.files import sha256_of
 
 __all__ = ["ArtifactInfo", "ArtifactStore", "StorageFullError", "StoredFile", "job_id_of"]
 

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from medsora.files import sha256_of
 from medsora.jsonconfig import from_json, to_json
-from medsora.weightfile import sha256_of
 from training.config import TrainConfig
 from training.errors import TrainingError
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from medsora.checkpoint import load_checkpoint
 from medsora.config import ModelConfig
+from medsora.files import sha256_of
 from medsora.jsonconfig import from_json, to_json
 from medsora.models.autoencoder import VideoAutoencoder
 from medsora.models.denoiser import Denoiser
-from medsora.weightfile import sha256_of
 from training.config import DataConfig, TrainConfig, config_hash
 from training.data.clips import ClipSet, load_clips
 from training.data.latents import LatentSet, latent_statistics, load_or_encode

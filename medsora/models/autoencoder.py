@@ -36,7 +36,7 @@ class StreamState:
         """``x`` with the ``length`` frames before it, and remember those for the next chunk."""
         tail = self._tails.get(module)
         padded = _repeat_first(x, length) if tail is None else torch.cat([tail, x], dim=1)
-        self._tails[module] = padded[:, -length:]
+        self._tails[module] = padded[:, -length:].clone()  # a view would hold on to the whole chunk
         return padded
 
 

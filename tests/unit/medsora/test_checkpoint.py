@@ -1,6 +1,7 @@
 """Checkpoint directories: round trip, and refusal of everything damaged, altered or foreign."""
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -14,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from medsora.checkpoint import load_checkpoint, save_checkpoint, write_tiny_checkpoint
 from medsora.errors import CheckpointError
+from medsora.files import sha256_of
 from medsora.manifest import find_checkpoint, list_checkpoints, read_manifest
-from medsora.weightfile import sha256_of
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,17 @@ def test_a_missing_file_is_named(copy: Path, name: str) -> None:
         (lambda m: m["limits"].update(num_inference_steps=[5, 2, 9]), "num_inference_steps must rise"),
         (lambda m: m["files"].pop("config.json"), "must list exactly"),
         (lambda m: m["files"].update({"../x": m["files"]["config.json"]}), "must list exactly"),
+        (lambda m: m["files"].clear(), "must list exactly .* it lists nothing"),
         (lambda m: m["labels"][0]["condition"].update(finding="flu"), "finding must be one of"),
+        (lambda m: m["labels"][0].update(synonyms=["Covid, convex"]), "also means 'regular-convex'"),
+        (lambda m: m["labels"][0].update(synonyms=["++"]), "is empty"),
+        (lambda m: m["labels"].append(m["labels"][0]), "must have different names"),
+        (lambda m: m["limits"].update(fps=10**400), "fps must be a finite number"),
+        (lambda m: m["limits"].update(samplers=["ddim"]), "unknown samplers: ddim; known: euler, heun"),
+        (lambda m: m["limits"].update(num_frames=[12]), "limits allow 12 frames of 32x32, which cannot be coded"),
+        (lambda m: m["limits"].update(sizes=[[32, 40]]), "limits allow 16 frames of 32x40, which cannot be coded"),
+        (lambda m: m.update(description="\x1b[2J"), "control characters in"),
+        (lambda m: m["metrics"].update(note=["\x9b"]), "control characters in"),
     ],
 )
 def test_a_manifest_that_does_not_fit_is_refused(copy: Path, change: Callable[[Any], object], message: str) -> None:
@@ -129,8 +140,9 @@ def test_a_manifest_that_does_not_fit_is_refused(copy: Path, change: Callable[[A
     [
         (lambda c: c["denoiser"].update(surprise=1), r"config\.json\.denoiser has unknown keys: surprise"),
         (lambda c: c["denoiser"].update(depth="2"), r"denoiser\.depth must be int, not str"),
-        (lambda c: c["denoiser"].update(depth=10**9), "sizes must be 1 to 65536"),
+        (lambda c: c["denoiser"].update(depth=10**9), "depth must be 1 to 256"),
         (lambda c: c["denoiser"].update(scan_order="zigzag"), "scan_order must be one of"),
+        (lambda c: c["condition_names"].update(probe=["convex", "convex"]), "probe has a value twice"),
         (lambda c: c["autoencoder"].update(latent_channels=5), "the denoiser takes 4"),
         (lambda c: c.pop("autoencoder"), "lacks keys: autoencoder"),
         (lambda c: c["denoiser"].update(hidden_size=64), "has the wrong tensors|has shape"),
@@ -152,10 +164,54 @@ def test_a_manifest_that_is_no_json_object_is_refused(copy: Path, content: bytes
         load_checkpoint(copy)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"fps": 8.0', '"fps": 8.0, "fps": 8.0', "key 'fps' is given twice"),
+        ('"fps": 8.0', '"fps": NaN', "NaN is no number of JSON"),
+        ('"fps": 8.0', '"fps": 1e999', "fps must be a finite number"),
+    ],
+)
+def test_json_is_read_strictly(copy: Path, old: str, new: str, message: str) -> None:
+    path = copy / "manifest.json"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(copy)
+
+
 def test_a_huge_manifest_is_not_read(copy: Path) -> None:
     (copy / "manifest.json").write_bytes(b" " * (5 * 2**20))
     with pytest.raises(CheckpointError, match="more than the"):
         load_checkpoint(copy)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "config.json", "denoiser.safetensors"])
+@pytest.mark.timeout(20)
+def test_pipes_devices_and_folders_are_refused_at_once(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    os.mkfifo(copy / name)
+    with pytest.raises(CheckpointError, match=rf"{name} is no regular file"):
+        load_checkpoint(copy)
+    (copy / name).unlink()
+    (copy / name).symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match=rf"{name} is no regular file"):
+        load_checkpoint(copy)
+    (copy / name).unlink()
+    (copy / name).mkdir()
+    with pytest.raises(CheckpointError, match=rf"{name} (is no regular file|cannot be read)"):
+        load_checkpoint(copy)
+
+
+def test_a_file_changed_after_loading_changes_nothing(copy: Path) -> None:
+    loaded = load_checkpoint(copy)
+    before = {key: value.clone() for key, value in loaded.denoiser.state_dict().items()}
+    path = copy / "denoiser.safetensors"
+    with path.open("r+b") as file:
+        file.seek(-4096, os.SEEK_END)
+        file.write(b"\xff" * 4096)
+    assert all(torch.equal(value, before[key]) for key, value in loaded.denoiser.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -194,6 +250,8 @@ def test_a_million_tensors_are_refused_by_their_header(copy: Path) -> None:
         (lambda w: w.update({"patch_out.bias": torch.zeros(3)}), r"patch_out\.bias has shape \(3,\), not \(16,\)"),
         (lambda w: w.update({"patch_out.bias": torch.full((16,), torch.nan)}), "not finite"),
         (lambda w: w.update({"patch_out.bias": torch.zeros(16, dtype=torch.int32)}), "has type torch.int32"),
+        (lambda w: w.update({"patch_out.bias": torch.full((16,), 1e300, dtype=torch.float64)}), "not finite"),
+        (lambda w: w.update({"patch_out.bias": torch.zeros(16).to(torch.float8_e4m3fn)}), "has type torch.float8"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(copy: Path, change: Callable[[Any], object], message: str) -> None:
