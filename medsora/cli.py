@@ -138,7 +138,8 @@ def _parse_size(size: str | None) -> tuple[int | None, int | None]:
     if size is None:
         return None, None
     width, separator, height = size.partition("x")
-    if not (separator and width.isascii() and width.isdigit() and height.isascii() and height.isdigit()):
+    digits = width + height
+    if not (separator and width and height and digits.isascii() and digits.isdigit() and len(digits) <= 12):
         raise RequestError("size", f"{size[:40]!r} is no WIDTHxHEIGHT such as 128x128")
     return int(width), int(height)
 

@@ -123,7 +123,7 @@ def write_mp4(
     ):
         output.metadata.update(tags)
         stream = output.add_stream(
-            "libx264", rate=_rate(fps), options={"crf": str(crf), "preset": preset, "threads": "1"}
+            "libx264", rate=_rate(path, fps), options={"crf": str(crf), "preset": preset, "threads": "1"}
         )
         context = stream.codec_context
         context.width, context.height, context.pix_fmt = width, height, "yuv420p"
@@ -169,7 +169,7 @@ def write_ffv1(path: Path, frames: Frames, *, fps: float, metadata: Mapping[str,
         output.metadata.update(tags)
         # Version 3 with slice checksums: readers that check them notice damage.
         options = {"level": "3", "slicecrc": "1", "threads": "1"}
-        stream = output.add_stream("ffv1", rate=_rate(fps), options=options)
+        stream = output.add_stream("ffv1", rate=_rate(path, fps), options=options)
         context = stream.codec_context
         context.width, context.height, context.pix_fmt = width, height, "bgr0"
         for index, rgb in enumerate(frames):
@@ -320,8 +320,12 @@ def _check_metadata(path: Path, metadata: Mapping[str, str] | None) -> dict[str,
     return tags
 
 
-def _rate(fps: float) -> Fraction:
-    return Fraction(fps).limit_denominator(1001)
+def _rate(path: Path, fps: float) -> Fraction:
+    # 1001 is the denominator of the television rates, 30000/1001 and the like
+    rate = Fraction(fps).limit_denominator(1001)
+    if abs(float(rate) - fps) > 1e-3 * fps:
+        raise VideoError(f"{path}: fps {fps} cannot be written as a fraction with a denominator up to 1001")
+    return rate
 
 
 def _video_stream(path: Path, source: av.container.InputContainer) -> av.VideoStream:

@@ -169,6 +169,7 @@ def test_odd_sizes_are_refused_for_mp4(tmp_path: Path, height: int, width: int) 
         (noise()[..., :2], {}),
         (noise(), {"fps": 0.0}),
         (noise(), {"fps": float("nan")}),
+        (noise(), {"fps": 1e-4}),
         (noise(), {"metadata": {"Title": "x"}}),
         (noise(), {"metadata": {"two words": "x"}}),
         (noise(), {"metadata": {"encoder": "x"}}),
