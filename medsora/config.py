@@ -62,7 +62,7 @@ class DenoiserConfig:
     expand: int = 2
     headdim: int = 64
     temporal_directions: int = 1
-    """1: forward only, as the released code; 2: both ways with shared weights, as the paper's final figure."""
+    """1: forward only, as the released code; 2: both ways with shared weights, as the paper's later figure."""
     scan_order: str = "spiral"
     """``spiral``, or ``released`` for the released code's inverted gather."""
     modulation_rank: int | None = None

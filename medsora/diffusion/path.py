@@ -3,7 +3,7 @@
     x_t = (1 - t) * data + t * noise        t in [0, 1]; 0 is data, 1 is noise
     velocity = noise - data                  what the network predicts; sampling goes from t = 1 to t = 0
 
-This is rectified flow (Liu et al., arXiv 2209.03003, equation 1) with time reversed. Time may differ from one
+This is rectified flow (Liu et al., arXiv 2209.03003) with time reversed. Time may differ from one
 latent frame to the next: a frame held at t = 0 stays as it is.
 """
 

@@ -18,7 +18,7 @@ def timesteps(num_steps: int, *, shift: float = 1.0) -> Float[Tensor, " n"]:
     Raises:
         ValueError: ``num_steps`` below 1 or ``shift`` not positive.
 
-    Source of the shift: Esser et al., arXiv 2403.03206, equation 23.
+    Source of the shift: Esser et al., arXiv 2403.03206 (timestep shifting for resolution).
 
     >>> timesteps(4).tolist()
     [1.0, 0.75, 0.5, 0.25, 0.0]

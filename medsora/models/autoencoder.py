@@ -2,7 +2,7 @@
 
 Follows MedSora (arXiv 2411.01647) in its strides, its chunks of 8 frames, and its two frequency-compensation
 modules; the base network is our own, small enough to train and ship: a 3-D Haar stem in place of the first
-strided stage, and causal convolutions throughout. Every layer looks only at the present and past frames, so
+strided stage, and causal convolutions throughout. No layer looks beyond the chunk of 8 frames that it is in, so
 a long video coded chunk by chunk with a :class:`StreamState` equals the same video coded whole.
 
 Axis letters: b batch, c channels, f frames, h height, w width. Inside, activations are (b f) c h w.
@@ -46,7 +46,7 @@ def _repeat_first(x: Tensor, length: int) -> Tensor:
 
 
 def haar_forward(video: Float[Tensor, "b c f h w"]) -> Float[Tensor, "b c8 f2 h2 w2"]:
-    """Orthonormal 3-D Haar transform over 2x2x2 cells: 8 bands a channel at half size. Its own inverse's twin."""
+    """Orthonormal 3-D Haar transform over 2x2x2 cells: 8 bands a channel at half size."""
     x = rearrange(video, "b c (f p) (h q) (w r) -> b c p q r f h w", p=2, q=2, r=2)
     for axis in (2, 3, 4):
         low, high = x.unbind(axis)

@@ -56,7 +56,7 @@ class Mamba2(nn.Module):
     ``project`` once, ``scan`` each order, put the scans' outputs back in place and sum them, ``merge`` once:
     the output projection has no bias, so summing before it is exact and saves a product a scan.
 
-    Source: Dao and Gu, arXiv 2405.21060, figure 6 (parallel projections, gated norm before the output).
+    Source: Dao and Gu, arXiv 2405.21060, the Mamba-2 block (parallel projections, gated norm before the output).
     """
 
     def __init__(self, config: DenoiserConfig) -> None:

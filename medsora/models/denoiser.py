@@ -1,6 +1,6 @@
 """The MedSora denoiser, top to bottom: latents at time t and a condition -> velocity.
 
-Source: MedSora (arXiv 2411.01647), figure 2 and its released code. What is ours: time is given per latent
+Source: MedSora (arXiv 2411.01647) and its released code. What is ours: time is given per latent
 frame, so that frames already known can be held clean (t = 0), and class conditions.
 Axis letters: b batch, c channels, f frames, h height, w width (of latents, or of patches), d hidden.
 """

@@ -155,6 +155,6 @@ def ssd(x: X, dt: DT, A: A_, B: BC, C: BC, D: A_ | None = None, *, backend: str 
     Raises:
         BackendError: No such back end.
 
-    Source: Dao and Gu, arXiv 2405.21060, section 6 (the definition and its dual).
+    Source: Dao and Gu, arXiv 2405.21060 (state-space duality).
     """
     return BACKENDS[resolve_backend(backend, length=x.shape[1])](x, dt, A, B, C, D)
