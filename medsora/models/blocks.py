@@ -135,7 +135,7 @@ class SpatialMamba(nn.Module):
         self.mamba = Mamba2(config)
         self.gate_width = nn.Linear(config.hidden_size, config.hidden_size)
         self.gate_height = nn.Linear(config.hidden_size, config.hidden_size)
-        self._orders: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._orders: dict[tuple[int, int, torch.device], tuple[tuple[Tensor, Tensor], ...]] = {}
 
     def forward(self, x: Float[Tensor, "b f h w d"], *, backend: str) -> Float[Tensor, "b f h w d"]:
         b, f, h, w, _ = x.shape
@@ -150,23 +150,26 @@ class SpatialMamba(nn.Module):
         )
 
     def _scan_plane(self, tokens: Tensor, rows: int, columns: int, backend: str) -> Tensor:
-        order, back = self._order(rows, columns, tokens.device)
-        walked = tokens[:, order]
-        both = self.mamba.scan(torch.cat([walked, walked.flip(1)]), backend=backend)
+        (there, back), (other_there, other_back) = self._walks(rows, columns, tokens.device)
+        both = self.mamba.scan(torch.cat([tokens[:, there], tokens[:, other_there]]), backend=backend)
         forward, backward = both.chunk(2)
-        return self.mamba.merge((forward + backward.flip(1))[:, back])
+        return self.mamba.merge(forward[:, back] + backward[:, other_back])
 
-    def _order(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _walks(self, rows: int, columns: int, device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Both directions of the spiral, each as the order of the walk and the way back into place."""
         key = (rows, columns, device)
         if key not in self._orders:  # indices go to the device once a shape, not once a step
-            order = spiral_order(rows, columns, self.spiral)
+            spiral = spiral_order(rows, columns, self.spiral)
+            orders = (spiral, spiral[::-1])
             if self.scan_order == "released":
-                # the released code gathers with the ranks: a different, not connected walk
-                order = inverse_order(order)
-            back = inverse_order(order)
+                # the released code gathers with the ranks of its walks: other walks, which are not connected
+                orders = (inverse_order(orders[0]), inverse_order(orders[1]))
             # a tensor made under inference_mode could not be used in training later
             with torch.inference_mode(False):
-                self._orders[key] = (torch.tensor(order, device=device), torch.tensor(back, device=device))
+                self._orders[key] = tuple(
+                    (torch.tensor(order, device=device), torch.tensor(inverse_order(order), device=device))
+                    for order in orders
+                )
         return self._orders[key]
 
 

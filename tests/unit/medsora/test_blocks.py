@@ -56,9 +56,12 @@ def test_spatial_mamba_is_four_scans_of_two_planes_fused_by_gates(index: int, sc
     def scanned(plane: Tensor) -> Tensor:  # (rows, columns, d)
         rows, columns, _ = plane.shape
         order = spiral_order(rows, columns, index)
-        order = inverse_order(order) if scan_order == "released" else order
+        walks = [list(order), list(order)[::-1]]
+        if scan_order == "released":  # gathers with the ranks, and for the way back with the ranks counted from the end
+            ranks = inverse_order(order)
+            walks = [list(ranks), [len(ranks) - 1 - rank for rank in ranks]]
         tokens, result = plane.flatten(0, 1), torch.zeros(rows * columns, 32, dtype=torch.float64)
-        for walk in (list(order), list(order)[::-1]):
+        for walk in walks:
             result[walk] += naive_mamba(module.mamba, tokens[walk])
         return result.unflatten(0, (rows, columns))
 
