@@ -4,12 +4,16 @@ import os
 
 __all__ = ["let_idle_threads_sleep"]
 
+SPINS = 1000
+
 
 def let_idle_threads_sleep() -> None:
-    """Make OpenMP threads of this process, and of its children, sleep while they wait, not spin.
+    """Make OpenMP threads of this process, and of its children, spin for a moment while they wait, then sleep.
 
-    Spinning is quicker by a hair on an idle machine. As soon as anything else wants the cores it is ruinous: two
-    samplers on two cores took 13.1 s for what takes 2.3 s each with sleeping threads (docs/experiments.md). Whoever
-    has set ``OMP_WAIT_POLICY`` keeps that choice. OpenMP reads it once, when torch is imported.
+    By default they spin for long. That is quicker by a few per cent on an idle machine, and ruinous as soon as
+    anything else wants the cores: two samplers on two cores took 13 to 31 s each for what takes 2.7 s so
+    (docs/experiments.md). Whoever has set ``GOMP_SPINCOUNT`` or ``OMP_WAIT_POLICY`` keeps that choice. OpenMP reads
+    it once, when torch is imported.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))

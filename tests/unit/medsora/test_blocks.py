@@ -46,6 +46,22 @@ def test_mamba_equals_the_step_by_step_layer() -> None:
     assert torch.allclose(ours.double(), naive_mamba(mamba, x), atol=1e-5)
 
 
+def test_mamba_starts_with_the_published_decays_and_step_sizes() -> None:
+    mamba = Mamba2(replace(CONFIG, hidden_size=256, expand=16, headdim=1))  # 4096 heads: enough to see a distribution
+    rate, step = mamba.A_log.detach().exp(), F.softplus(mamba.dt_bias.detach())
+    # rates uniform in [1, 16]; steps uniform in their logarithm in [0.001, 0.1]
+    for value, low, high in ((rate, 1.0, 16.0), (step.log10(), -3.0, -1.0)):
+        unit = (value.sort().values - low) / (high - low)
+        assert unit[0] > -1e-3
+        assert unit[-1] < 1 + 1e-3
+        assert (unit - torch.linspace(0, 1, len(unit))).abs().max() < 0.04  # Kolmogorov-Smirnov
+    assert torch.equal(mamba.D, torch.ones(4096))
+    assert torch.equal(mamba.norm_gain, torch.ones(4096))
+    for parameter in (mamba.conv_weight, mamba.conv_bias):  # torch's default for a depthwise kernel of 4
+        assert 0.49 < parameter.abs().max() <= 0.5
+        assert abs(parameter.mean()) < 0.02
+
+
 @pytest.mark.parametrize("scan_order", ["spiral", "released"])
 @pytest.mark.parametrize("index", [0, 5])
 def test_spatial_mamba_is_four_scans_of_two_planes_fused_by_gates(index: int, scan_order: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from medsora.diffusion.guidance import guided_velocity
 from medsora.diffusion.path import interpolate, to_data, to_noise, velocity_target
-from medsora.diffusion.samplers import SAMPLERS
+from medsora.diffusion.samplers import SAMPLERS, sample_heun
 from medsora.diffusion.schedule import timesteps
 from medsora.errors import GenerationCanceled
 
@@ -47,6 +47,14 @@ def test_schedule_falls_from_one_to_zero(num_steps: int, shift: float) -> None:
     assert (times.diff() < 0).all()
 
 
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_shift_multiplies_the_odds_of_noise(shift: float) -> None:
+    # the same as the formula of the source: t / (1 - t) becomes shift times what it was
+    even = torch.arange(9, 0, -1, dtype=torch.float64) / 10
+    times = timesteps(10, shift=shift)[1:-1]
+    assert torch.allclose(times / (1 - times), shift * even / (1 - even))
+
+
 def test_shift_spends_more_steps_near_noise() -> None:
     assert (timesteps(10, shift=3.0)[1:-1] > timesteps(10)[1:-1]).all()
 
@@ -76,6 +84,20 @@ def test_heun_is_second_order() -> None:
 
     assert error("euler", 20) / error("euler", 40) == pytest.approx(2, rel=0.1)
     assert error("heun", 40) < error("euler", 40) / 10
+
+
+def test_heun_averages_two_slopes_a_step_and_ends_with_an_euler_step() -> None:
+    asked: list[float] = []
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        asked.append(t)
+        return 2 * x + t
+
+    noise = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64)
+    result = sample_heun(velocity, noise, timesteps(2))
+    assert asked == [1.0, 0.5, 0.5]  # never at t = 0
+    # first step: slopes 3 at 1 and -0.5 at 1 - 0.5 * 3; 1 - 0.5 * 1.25 = 0.375. Second: 0.375 - 0.5 * 1.25
+    assert result.item() == pytest.approx(-0.25)
 
 
 @samplers

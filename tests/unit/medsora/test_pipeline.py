@@ -1,12 +1,16 @@
 """The pipeline: deterministic, independent of its batch, without memory of requests."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from medsora.checkpoint import write_tiny_checkpoint
+from medsora.checkpoint import load_checkpoint, write_tiny_checkpoint
+from medsora.diffusion.samplers import SAMPLERS
 from medsora.errors import BackendError, CheckpointError, GenerationCanceled
 from medsora.pipeline import VideoPipeline, initial_noise
 from medsora.request import GenerationRequest, resolve_request
@@ -112,6 +116,46 @@ def test_noise_of_a_seed_never_changes() -> None:
     # clips are made again from their seeds, years later: these numbers must stay
     noise = initial_noise(7, (1, 1, 1, 4)).flatten()
     assert torch.allclose(noise, torch.tensor([0.9838023, -1.4327964, 0.2325132, -1.361203]), atol=1e-6)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_bfloat16_stays_close_to_float32(checkpoint: Path, pipeline: VideoPipeline, guidance_scale: float) -> None:
+    half = VideoPipeline.from_checkpoint(checkpoint, device="cpu", dtype="bfloat16")
+    assert {p.dtype for p in half.denoiser.parameters()} == {torch.bfloat16}
+    values = {"guidance_scale": guidance_scale, "num_inference_steps": 16}
+    clip, exact = (p([ask(p, 3, **values)])[0].astype(float) for p in (half, pipeline))
+    psnr = 10 * np.log10(255**2 / np.square(clip - exact).mean())
+    assert psnr > 40
+
+
+@pytest.mark.parametrize(("dtype", "state"), [("bfloat16", torch.float32), ("float64", torch.float64)])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_the_samplers_state_has_at_least_float32(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, state: torch.dtype, guidance_scale: float
+) -> None:
+    dtypes: list[torch.dtype] = []
+
+    def sample(velocity_fn: Any, noise: Tensor, timesteps: Tensor, **kwargs: Any) -> Tensor:
+        dtypes.extend([noise.dtype, velocity_fn(noise, 0.5).dtype])
+        result = SAMPLERS["heun"](velocity_fn, noise, timesteps, **kwargs)
+        dtypes.append(result.dtype)
+        return result
+
+    pipeline = VideoPipeline.from_checkpoint(checkpoint, dtype=dtype)
+    monkeypatch.setitem(SAMPLERS, "euler", sample)
+    pipeline([ask(pipeline, 1, guidance_scale=guidance_scale)])
+    assert dtypes == [state] * 3
+
+
+def test_networks_are_in_evaluation_mode(checkpoint: Path) -> None:
+    loaded = load_checkpoint(checkpoint)
+    networks = (loaded.autoencoder, loaded.denoiser)
+    assert not any(module.training for network in networks for module in network.modules())
+    training = replace(loaded, autoencoder=loaded.autoencoder.train(), denoiser=loaded.denoiser.train())
+    pipeline = VideoPipeline(training, device=torch.device("cpu"), dtype=torch.float32, backend="auto")
+    for network in (pipeline.autoencoder, pipeline.denoiser):
+        assert not any(module.training for module in network.modules())
+        assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
 def test_requests_that_cannot_share_a_batch_are_refused(pipeline: VideoPipeline) -> None:
