@@ -1,4 +1,4 @@
-"""The state-space dual operator of Mamba-2 (Dao and Gu, arXiv 2405.21060), in three forms of one signature.
+"""The state-space dual operator of Mamba-2 (Dao and Gu, arXiv 2405.21060), with several back ends of one signature.
 
 For each head, with a scalar decay a_i = exp(dt_i A) at step i, and state h of shape (headdim, d_state):
 
@@ -7,6 +7,7 @@ For each head, with a scalar decay a_i = exp(dt_i A) at step i, and state h of s
 ``reference`` runs this loop in float64. ``dual`` computes the equal masked matrix product
 y = (L * C B^T) (dt x), L_ij = a_{j+1} ... a_i for j <= i: no loop, cost quadratic in length, best for short
 sequences. ``chunked`` runs the dual form inside chunks and carries the state between them: linear in length.
+``mamba_ssm`` does the same in the authors' Triton kernels: CUDA only, from the package mamba-ssm.
 
 Axis letters: b batch, l length, k heads, e head dimension, g groups of heads that share B and C, s state.
 """
@@ -19,12 +20,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from medsora.errors import BackendError
+from medsora.ops.backends import load_kernels, not_traced, resolve_backend
 
-__all__ = ["BACKENDS", "resolve_backend", "ssd", "ssd_chunked", "ssd_dual", "ssd_reference"]
+__all__ = ["BACKENDS", "ssd", "ssd_chunked", "ssd_dual", "ssd_mamba_ssm", "ssd_reference"]
 
-DUAL_MAX_LENGTH = 128
-"""Up to here ``auto`` takes ``dual``: measured on a CPU with benchmarks/ssd.py (docs/experiments.md)."""
 CHUNK_SIZE = 64
+KERNEL_CHUNK_SIZES = (64, 256)
+MAX_KERNEL_CHUNKS = 65535
+"""Sequences times chunks of one launch: the second axis of a CUDA grid holds no more."""
 
 X = Float[Tensor, "b l k e"]
 DT = Float[Tensor, "b l k"]
@@ -117,24 +120,32 @@ def ssd_chunked(x: X, dt: DT, A: A_, B: BC, C: BC, D: A_ | None = None, *, chunk
     return y if D is None else y + D.to(x.dtype)[:, None] * x[:, :length]
 
 
+@not_traced  # the kernels tune themselves when first called, which no compiler can trace
+def ssd_mamba_ssm(x: X, dt: DT, A: A_, B: BC, C: BC, D: A_ | None = None) -> X:
+    """The kernels of the package mamba-ssm; in float32 their matrix products round to tf32. See :func:`ssd`."""
+    if x.device.type != "cuda":
+        raise BackendError(f"back end mamba_ssm needs tensors on a CUDA device, got {x.device}")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise BackendError(f"back end mamba_ssm takes float32, bfloat16 or float16, got {x.dtype}")
+    scan = load_kernels("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+    batch, length = x.shape[:2]
+    chunk_size = next((size for size in KERNEL_CHUNK_SIZES if length <= size), KERNEL_CHUNK_SIZES[-1])
+    at_once = max(1, MAX_KERNEL_CHUNKS // -(-length // chunk_size))
+    dt, A, B, C = dt.float(), A.float(), B.to(x.dtype), C.to(x.dtype)
+    parts = [
+        scan(x[part], dt[part], A, B[part], C[part], chunk_size=chunk_size, D=D)
+        for part in (slice(start, start + at_once) for start in range(0, batch, at_once))
+    ]
+    y: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return y
+
+
 BACKENDS: dict[str, Callable[..., Tensor]] = {
     "reference": ssd_reference,
     "dual": ssd_dual,
     "chunked": ssd_chunked,
+    "mamba_ssm": ssd_mamba_ssm,
 }
-
-
-def resolve_backend(name: str, *, length: int) -> str:
-    """Name of the back end that runs: ``auto`` is decided by length, any other must be one of BACKENDS.
-
-    Raises:
-        BackendError: No such back end; the message lists them.
-    """
-    if name == "auto":
-        return "dual" if length <= DUAL_MAX_LENGTH else "chunked"
-    if name not in BACKENDS:
-        raise BackendError(f"back end must be one of auto, {', '.join(BACKENDS)}; got {name!r}")
-    return name
 
 
 def ssd(x: X, dt: DT, A: A_, B: BC, C: BC, D: A_ | None = None, *, backend: str = "auto") -> X:
@@ -147,14 +158,18 @@ def ssd(x: X, dt: DT, A: A_, B: BC, C: BC, D: A_ | None = None, *, backend: str 
         B: Input projections; the heads divide evenly over the groups ``g``.
         C: Output projections.
         D: Skip weight of each head; None is none.
-        backend: ``auto``, ``reference``, ``dual`` or ``chunked``.
+        backend: ``auto`` (the fastest that was measured, see :mod:`medsora.ops.backends`), ``reference``, ``dual``,
+            ``chunked`` or ``mamba_ssm``.
 
     Returns:
         Outputs of the shape and dtype of ``x``.
 
     Raises:
-        BackendError: No such back end.
+        BackendError: No such back end, or it cannot run here.
 
     Source: Dao and Gu, arXiv 2405.21060 (state-space duality).
     """
-    return BACKENDS[resolve_backend(backend, length=x.shape[1])](x, dt, A, B, C, D)
+    chosen = resolve_backend(
+        backend, operator="ssd", length=x.shape[1], batch=x.shape[0], device=x.device, dtype=x.dtype
+    )
+    return BACKENDS[chosen](x, dt, A, B, C, D)

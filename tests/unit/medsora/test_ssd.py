@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 from medsora.errors import BackendError
-from medsora.ops import BACKENDS, resolve_backend, ssd
-from medsora.ops.ssd import DUAL_MAX_LENGTH, ssd_chunked
+from medsora.ops import OPERATORS, ssd
+from medsora.ops.ssd import BACKENDS, ssd_chunked, ssd_mamba_ssm
 
 NAMES = ("x", "dt", "A", "B", "C", "D")
+HERE = [name for name in BACKENDS if name != "mamba_ssm"]  # tests/gpu holds the kernels to the same
 
 
 def operands(
@@ -61,7 +62,7 @@ def test_chunk_size_does_not_change_the_result(chunk_size: int) -> None:
     assert torch.allclose(ssd_chunked(*inputs, chunk_size=chunk_size), whole, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_output_never_depends_on_later_inputs(backend: str) -> None:
     inputs = operands(80)
     before = ssd(*inputs, backend=backend)
@@ -71,7 +72,7 @@ def test_output_never_depends_on_later_inputs(backend: str) -> None:
     assert not torch.allclose(before[:, 70:], after[:, 70:])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_strong_decay_neither_overflows_nor_loses_the_present(backend: str) -> None:
     x, dt, A, B, C, _ = operands(200)
     y = ssd(x, dt * 1000, A, B, C, backend=backend)
@@ -79,15 +80,25 @@ def test_strong_decay_neither_overflows_nor_loses_the_present(backend: str) -> N
     assert torch.allclose(y, ssd(x, dt * 1000, A, B, C, backend="reference"), rtol=1e-4, atol=1e-2)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_keeps_the_dtype_of_its_input(backend: str) -> None:
     x, dt, A, B, C, D = (value.to(torch.bfloat16) for value in operands(8))
     y = ssd(x, dt.float(), A.float(), B, C, D, backend=backend)
     assert y.dtype == torch.bfloat16
 
 
-def test_auto_goes_by_length_and_unknown_names_are_refused() -> None:
-    assert resolve_backend("auto", length=DUAL_MAX_LENGTH) == "dual"
-    assert resolve_backend("auto", length=DUAL_MAX_LENGTH + 1) == "chunked"
-    with pytest.raises(BackendError, match="one of auto, reference, dual, chunked; got 'fast'"):
-        resolve_backend("fast", length=4)
+def test_without_skip_weights_nothing_is_added() -> None:
+    inputs = operands(70)
+    for backend in HERE:
+        with_skip = ssd(*inputs, backend=backend)
+        without = ssd(*inputs[:5], backend=backend)
+        assert torch.allclose(with_skip - inputs[5][:, None] * inputs[0], without, atol=1e-9)
+
+
+def test_the_names_are_those_that_are_resolved() -> None:
+    assert tuple(BACKENDS) == OPERATORS["ssd"]
+
+
+def test_the_kernels_refuse_tensors_that_are_not_on_a_gpu() -> None:
+    with pytest.raises(BackendError, match="needs tensors on a CUDA device, got cpu"):
+        ssd_mamba_ssm(*operands(4))
