@@ -1,6 +1,6 @@
-"""The ``medsora`` command: generate a clip here, without a server, and show what a checkpoint is.
+"""The ``medsora`` command: generate a clip here, without a server, show what a checkpoint is, and measure speed.
 
-Torch is loaded by ``generate`` alone, so that ``info`` and ``--help`` answer at once.
+Torch is loaded by ``generate`` and ``bench`` alone, so that ``info`` and ``--help`` answer at once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +33,18 @@ from medsora.threads import let_idle_threads_sleep
 __all__ = ["app", "main"]
 
 SHOWN_SYNONYMS = 5
+BENCH_COLUMNS = (
+    "frames",
+    "batch",
+    "SSD (spatial, temporal)",
+    "GFLOP a step",
+    "GFLOP decode",
+    "ms a step",
+    "ms decode",
+    "clips/s",
+    "of matrix rate",
+    "peak MiB",
+)
 ABOUT_FIELDS = ("description", "modality", "intended_use", "licence", "created_at")
 
 app = typer.Typer(
@@ -332,3 +345,100 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield f"{prefix}{name}", f"{value:g}"
         else:
             yield f"{prefix}{name}", str(value)
+
+
+@app.command()
+def bench(
+    preset: Annotated[str | None, typer.Option(help="Network with random weights: tiny, small, base, large.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Instead: a directory, or a shipped checkpoint.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float64.")] = "auto",
+    backend: Annotated[str, typer.Option(help="Of the SSD operator: auto, dual, chunked, mamba_ssm, reference.")] = (
+        "auto"
+    ),
+    batch: Annotated[str, typer.Option(help="Clips at once; several as 1,8,64.")] = "1",
+    frames: Annotated[str, typer.Option(help="Length in frames; several as 16,32,64,128.")] = "16",
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels.")] = "128x128",
+    steps: Annotated[int, typer.Option(help="Denoiser calls a clip, for clips a second.")] = 30,
+    repeats: Annotated[int, typer.Option(help="Calls that each median is taken of.")] = 7,
+    output: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+) -> None:
+    """Measure speed and memory: of a step, of decoding, against the rate of a large matrix product."""
+    with _errors_as_one_line():
+        if (preset is None) == (checkpoint is None):
+            raise RequestError("preset", "give either --preset or --checkpoint")
+        batches, lengths = _parse_counts("batch", batch), _parse_counts("frames", frames)
+        width, height = _parse_size(size)
+        if output is not None and not output.parent.is_dir():
+            raise RequestError("json", f"{output}: its folder does not exist")
+        try:
+            from medsora import bench as measuring
+            from medsora.pipeline import VideoPipeline
+        except ModuleNotFoundError as error:
+            raise MedsoraError(f"measuring needs the package {error.name}: pip install 'medsora[model]'") from error
+        options = {"device": device, "dtype": dtype, "backend": backend}
+        if preset is not None:
+            pipeline = measuring.preset_pipeline(preset, **options)
+        else:
+            pipeline = VideoPipeline.from_checkpoint(checkpoint or "", **options)
+        rate = measuring.matrix_rate(pipeline.device, pipeline.dtype)
+        rows = [
+            measuring.measure(
+                pipeline,
+                batch=clips,
+                num_frames=length,
+                height=height or 0,
+                width=width or 0,
+                num_steps=steps,
+                rate=rate,
+                repeats=repeats,
+            )
+            for length in lengths
+            for clips in batches
+        ]
+        figures = {**measuring.describe(pipeline, rate=rate), "rows": [asdict(row) for row in rows]}
+        _print_bench(figures)
+        if output is not None:
+            output.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _parse_counts(field: str, text: str) -> list[int]:
+    """Whole numbers between commas, each at least 1."""
+    words = text.split(",")
+    if not all(word.isascii() and word.isdigit() and len(word) <= 9 and int(word) >= 1 for word in words):
+        raise RequestError(field, f"{text[:40]!r} are no numbers from 1 on, such as 1,8,64")
+    return [int(word) for word in words]
+
+
+def _print_bench(figures: dict[str, Any]) -> None:
+    console = Console(markup=False, highlight=False)
+    about = [
+        ("network", figures["network"]),
+        (
+            "parameters",
+            f"{figures['denoiser_parameters']:,} denoiser, {figures['autoencoder_parameters']:,} autoencoder",
+        ),
+        ("device", f"{figures['gpu'] or figures['device']}, {figures['dtype']}, torch {figures['torch']}"),
+        ("matrix rate", f"{figures['matrix_rate_tflops']:.3g} TFLOP/s (measured)"),
+    ]
+    console.print(_pairs_table(about))
+    table = Table(*BENCH_COLUMNS)
+    for column in table.columns:
+        column.justify = "right"
+    for row in figures["rows"]:
+        shape = (f"{row['num_frames']}", f"{row['batch']}", f"{row['spatial_backend']}, {row['temporal_backend']}")
+        counted = (f"{row['step_flops'] / 1e9:,.3g}", f"{row['decode_flops'] / 1e9:,.3g}")
+        if row["error"] is None:
+            measured = (
+                f"{row['step_ms']:,.2f}",
+                f"{row['decode_ms']:,.2f}",
+                f"{row['clips_per_second']:,.4g}",
+                f"{100 * row['share_of_matrix_rate']:.1f} %",
+                f"{row['peak_memory_mib']:,.0f}",
+            )
+        else:
+            measured = (row["error"], "", "", "", "")
+        table.add_row(*shape, *counted, *measured)
+    console.print(table)
+    first = figures["rows"][0]
+    console.print(f"{first['width']}x{first['height']}; clips a second at {first['num_steps']} steps without guidance")

@@ -67,9 +67,10 @@ def selective_scan_chunked(
     x, dt, A, B, C = (at_least_float32(value) for value in (x, dt, A, B, C))
     state = (x.new_zeros(()) + A.new_zeros(())).expand(x.shape[0], *A.shape)
     outputs = []
-    for start in range(0, x.shape[1], chunk_size):
-        part = slice(start, start + chunk_size)
-        operands = (state, x[:, part], dt[:, part], A, B[:, part], C[:, part])
+    # split, not sliced one by one: each slice's gradient would be as long as the whole
+    chunks = zip(*(value.split(chunk_size, dim=1) for value in (x, dt, B, C)), strict=True)
+    for x_chunk, dt_chunk, B_chunk, C_chunk in chunks:
+        operands = (state, x_chunk, dt_chunk, A, B_chunk, C_chunk)
         if torch.is_grad_enabled():  # states are made again in the backward pass: memory of one chunk, not of all
             y, state = checkpoint(_scan_chunk, *operands, use_reentrant=False, preserve_rng_state=False)
         else:

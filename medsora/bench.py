@@ -1,0 +1,323 @@
+"""Speed of a checkpoint or a preset here: step, decode, clips a second, share of the matrix rate, memory.
+
+What is timed is the denoiser call of the pipeline and its decode, on random latents; each figure is a median after a
+warm-up, with the device's own clock on CUDA. Operations are counted from shapes, not measured:
+
+- the denoiser's matrix products, attention over all tokens of a frame, and the state-space recurrence as a recurrence
+  (5 a state element and step), whichever back end runs: linear in the number of frames, and comparable between them;
+- the decoder's convolutions, as torch counts them;
+- nothing element-wise. A multiplication and an addition are two operations.
+"""
+
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from medsora.checkpoint import LoadedCheckpoint
+from medsora.config import AutoencoderConfig, DenoiserConfig
+from medsora.errors import RequestError
+from medsora.geometry import SPATIAL_STRIDE, is_valid_video_shape, latent_shape
+from medsora.manifest import FORMAT_VERSION, Label, Limits, Manifest
+from medsora.models.autoencoder import VideoAutoencoder
+from medsora.models.denoiser import TIME_FEATURES, Denoiser
+from medsora.ops import resolve_backend
+from medsora.pipeline import DTYPES, VideoPipeline
+from medsora.presets import DENOISERS, preset
+from medsora.video_io import to_uint8
+
+__all__ = [
+    "BenchRow",
+    "decoder_flops",
+    "denoiser_flops",
+    "describe",
+    "matrix_rate",
+    "measure",
+    "median_seconds",
+    "preset_pipeline",
+]
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """Figures of one batch of clips. Times and memory are None where ``error`` says why there are none."""
+
+    batch: int
+    num_frames: int
+    height: int
+    width: int
+    num_steps: int
+    spatial_backend: str
+    """Back end of the SSD operator in the spatial scans; ``temporal_backend`` in the temporal ones."""
+    temporal_backend: str
+    step_flops: int
+    """Counted in one denoiser call on the whole batch."""
+    decode_flops: int
+    step_ms: float | None = None
+    decode_ms: float | None = None
+    """From latents to bytes in the memory of the host."""
+    clips_per_second: float | None = None
+    """``batch`` over the time of ``num_steps`` denoiser calls and one decode. No guidance, which doubles the calls."""
+    share_of_matrix_rate: float | None = None
+    """Counted operations of a step, over its time, over the rate of a large matrix product."""
+    peak_memory_mib: float | None = None
+    """Allocated on a GPU; on a CPU the most that the process has held so far."""
+    error: str | None = None
+
+
+def preset_pipeline(name: str, *, device: str = "auto", dtype: str = "auto", backend: str = "auto") -> VideoPipeline:
+    """A pipeline of a preset with random weights: as fast as a trained one, but its clips are noise.
+
+    Raises:
+        RequestError: No such preset, device or dtype.
+        BackendError: No such back end here.
+    """
+    if name not in DENOISERS:
+        raise RequestError("preset", f"there is none called {name!r}", tuple(DENOISERS))
+    if dtype != "auto" and dtype not in DTYPES:
+        raise RequestError("dtype", f"{dtype!r} is none of them", ("auto", *DTYPES))
+    place = _device(device)
+    resolve_backend(backend, length=1)
+    config = preset(name, {"finding": ("first", "second")})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        autoencoder, denoiser = VideoAutoencoder(config.autoencoder), Denoiser(config.denoiser)
+        # no zeros, which an untrained denoiser is full of: products of zeros draw less power, and clocks rise
+        for parameter in denoiser.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.02)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        name=name,
+        description="Random weights.",
+        modality="",
+        intended_use="Measuring speed.",
+        licence="",
+        created_at="",
+        labels=(Label(name="first", description="", condition={"finding": "first"}),),
+        limits=Limits(
+            sizes=((128, 128),),
+            num_frames=(16,),
+            fps=8.0,
+            num_inference_steps=(1, 30, 1000),
+            guidance_scale=(1.0, 1.0, 10.0),
+            samplers=("euler",),
+        ),
+    )
+    loaded = LoadedCheckpoint(config, manifest, autoencoder, denoiser)
+    default = torch.bfloat16 if place.type == "cuda" else torch.float32
+    return VideoPipeline(loaded, device=place, dtype=DTYPES.get(dtype, default), backend=backend)
+
+
+def _device(name: str) -> torch.device:
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        device = torch.device(chosen)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        problem = f"{name!r} is not available here: {str(error).splitlines()[0]}"
+        raise RequestError("device", problem, ("auto", "cpu", "cuda", "cuda:1", "...")) from error
+    if device.type not in ("cpu", "cuda"):
+        raise RequestError("device", f"{name!r} cannot be measured", ("auto", "cpu", "cuda", "cuda:1", "..."))
+    return device
+
+
+def median_seconds(function: Callable[[], object], device: torch.device, *, repeats: int, warmup: int = 2) -> float:
+    """Median time of a call, by CUDA events on a GPU and by the wall clock elsewhere."""
+    for _ in range(warmup):
+        function()
+    if device.type != "cuda":
+        return statistics.median(_wall_seconds(function) for _ in range(repeats))
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        seconds: list[float] = []
+        for _ in range(repeats):
+            started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            started.record()
+            function()
+            ended.record()
+            torch.cuda.synchronize()
+            seconds.append(started.elapsed_time(ended) / 1000)
+    return statistics.median(seconds)
+
+
+def _wall_seconds(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, *, size: int | None = None, repeats: int = 11) -> float:
+    """Operations a second of a large square matrix product of random numbers: what the device can really do.
+
+    Args:
+        size: Rows and columns; by default 8192 on a GPU and 1024 on a CPU.
+    """
+    side = size or (8192 if device.type == "cuda" else 1024)
+    # random, not zeros: a GPU draws less power for zeros and then clocks higher than it ever would
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return 2 * side**3 / median_seconds(lambda: left @ right, device, repeats=repeats)
+
+
+def denoiser_flops(
+    config: DenoiserConfig, latent: tuple[int, int, int], *, batch: int = 1, ssd_form: str = "recurrence"
+) -> int:
+    """Operations of one denoiser call on latents of (frames, height, width); see the module for what counts.
+
+    Args:
+        ssd_form: ``recurrence``, or ``dual`` for what the masked matrix products of that back end do: quadratic in
+            the length of a scan.
+    """
+    frames, rows, columns = latent[0], latent[1] // config.patch_size, latent[2] // config.patch_size
+    tokens, width, inner = frames * rows * columns, config.hidden_size, config.d_inner
+    patch_in, patch_out = (channels * config.patch_size**2 for channels in (config.in_channels, config.out_channels))
+
+    def linear(count: int, inputs: int, outputs: int) -> int:
+        return 2 * count * inputs * outputs
+
+    def modulation(outputs: int) -> int:
+        rank = config.modulation_rank
+        if rank is None:
+            return linear(frames, width, outputs * width)
+        return linear(frames, width, rank) + linear(frames, rank, outputs * width)
+
+    def ssd(sequences: int, length: int) -> int:
+        if ssd_form == "dual":
+            return 2 * sequences * length**2 * (config.d_state + inner)
+        return 5 * sequences * length * inner * config.d_state
+
+    project = linear(tokens, width, 2 * inner + 2 * config.d_state + config.num_heads)
+    merge = linear(tokens, inner, width)
+    attention = 3 * linear(tokens, width, width) + 2 * linear(tokens, rows * columns, width)
+    planes = 2 * (ssd(rows, frames * columns) + ssd(columns, frames * rows))  # each plane there and back
+    spatial = project + planes + 2 * (merge + linear(tokens, width, width))
+    temporal = project + config.temporal_directions * ssd(rows * columns, frames) + merge
+    block = modulation(9) + attention + spatial + temporal
+    time_embedding = linear(frames, TIME_FEATURES, width) + linear(frames, width, width)
+    ends = linear(tokens, patch_in, width) + modulation(2) + linear(tokens, width, patch_out)
+    return batch * (config.depth * block + time_embedding + ends)
+
+
+def decoder_flops(config: AutoencoderConfig, latent: tuple[int, int, int], *, batch: int = 1) -> int:
+    """Operations of the convolutions that decode latents of (frames, height, width)."""
+    with torch.device("meta"), torch.inference_mode():
+        autoencoder = VideoAutoencoder(config).eval()
+        counter = FlopCounterMode(display=False)
+        with counter:
+            autoencoder.decode(torch.empty(1, config.latent_channels, *latent))
+    return batch * counter.get_total_flops()
+
+
+def measure(
+    pipeline: VideoPipeline,
+    *,
+    batch: int,
+    num_frames: int,
+    height: int,
+    width: int,
+    num_steps: int,
+    rate: float,
+    repeats: int = 7,
+) -> BenchRow:
+    """Time one batch.
+
+    Args:
+        num_steps: Denoiser calls that a clip is made of.
+        rate: From :func:`matrix_rate`.
+
+    Raises:
+        RequestError: A value that cannot be measured; names the field.
+    """
+    for field, value in (("batch", batch), ("steps", num_steps), ("repeats", repeats)):
+        if value < 1:
+            raise RequestError(field, f"must be at least 1, got {value}")
+    config = pipeline.config
+    patch_size = config.denoiser.patch_size
+    if not is_valid_video_shape(num_frames, 8 * patch_size, 8 * patch_size, patch_size=patch_size):
+        raise RequestError("frames", f"must be a positive multiple of 8, got {num_frames}")
+    if not is_valid_video_shape(num_frames, height, width, patch_size=patch_size):
+        step = SPATIAL_STRIDE * patch_size
+        raise RequestError("size", f"width and height must be positive multiples of {step}, got {width}x{height}")
+    latent = latent_shape(num_frames, height, width)
+    rows, columns = latent[1] // patch_size, latent[2] // patch_size
+    counted = BenchRow(
+        batch=batch,
+        num_frames=num_frames,
+        height=height,
+        width=width,
+        num_steps=num_steps,
+        # the operator sees both directions of a scan as one batch
+        spatial_backend=_backend_of(pipeline, latent[0] * columns, 2 * batch * rows),
+        temporal_backend=_backend_of(pipeline, latent[0], config.denoiser.temporal_directions * batch * rows * columns),
+        step_flops=denoiser_flops(config.denoiser, latent, batch=batch),
+        decode_flops=decoder_flops(config.autoencoder, latent, batch=batch),
+    )
+    try:
+        times = _timed(pipeline, counted, latent, rate=rate, repeats=repeats)
+    except torch.OutOfMemoryError:
+        times = {"error": "out of memory"}
+    return BenchRow(**{**asdict(counted), **times})
+
+
+def _backend_of(pipeline: VideoPipeline, length: int, batch: int) -> str:
+    return resolve_backend(pipeline.backend, length=length, batch=batch, device=pipeline.device, dtype=pipeline.dtype)
+
+
+def _timed(
+    pipeline: VideoPipeline, row: BenchRow, latent: tuple[int, int, int], *, rate: float, repeats: int
+) -> dict[str, Any]:
+    device, config = pipeline.device, pipeline.config.denoiser
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    with torch.inference_mode():
+        latents = torch.randn(row.batch, config.in_channels, *latent, device=device).to(pipeline.dtype)
+        times = torch.full((row.batch, latent[0]), 0.5, device=device)
+        condition = torch.tensor([config.null_condition] * row.batch, dtype=torch.long, device=device)
+        condition = condition.reshape(row.batch, len(config.null_condition))
+        step_s = median_seconds(lambda: pipeline.denoiser(latents, times, condition), device, repeats=repeats)
+        decode_s = median_seconds(lambda: _decode(pipeline, latents), device, repeats=repeats)
+    if on_gpu:
+        peak_bytes = torch.cuda.max_memory_allocated(device)
+    else:
+        peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes on Linux
+    return {
+        "step_ms": 1000 * step_s,
+        "decode_ms": 1000 * decode_s,
+        "clips_per_second": row.batch / (row.num_steps * step_s + decode_s),
+        "share_of_matrix_rate": row.step_flops / step_s / rate,
+        "peak_memory_mib": peak_bytes / MIB,
+    }
+
+
+def _decode(pipeline: VideoPipeline, latents: Tensor) -> Tensor:
+    return to_uint8(pipeline.autoencoder.decode(latents)).cpu()
+
+
+def describe(pipeline: VideoPipeline, *, rate: float) -> dict[str, Any]:
+    """What the figures depend on: network, device, types, the rate of a large matrix product."""
+    gpu = torch.cuda.get_device_name(pipeline.device) if pipeline.device.type == "cuda" else None
+
+    def count(parameters: Sequence[Tensor]) -> int:
+        return sum(parameter.numel() for parameter in parameters)
+
+    return {
+        "network": pipeline.manifest.name,
+        "denoiser_parameters": count(list(pipeline.denoiser.parameters())),
+        "autoencoder_parameters": count(list(pipeline.autoencoder.parameters())),
+        "device": str(pipeline.device),
+        "gpu": gpu,
+        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "torch_threads": torch.get_num_threads(),
+        "matrix_rate_tflops": rate / 1e12,
+    }
