@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medsora.bench import median_seconds
 from medsora.errors import BackendError
 from medsora.ops import OPERATORS, resolve_backend, selective_scan, ssd
 from medsora.ops.backends import TABLE_FILE
 from medsora.ops.ssd import CHUNK_SIZE
+from medsora.timing import median_seconds
 
 # heads, width of a head, state; and channels, state
 SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {

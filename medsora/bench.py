@@ -10,9 +10,7 @@ warm-up, with the device's own clock on CUDA. Operations are counted from shapes
 """
 
 import resource
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,6 +28,7 @@ from medsora.models.denoiser import TIME_FEATURES, Denoiser
 from medsora.ops import resolve_backend
 from medsora.pipeline import DTYPES, VideoPipeline
 from medsora.presets import DENOISERS, preset
+from medsora.timing import median_seconds
 from medsora.video_io import to_uint8
 
 __all__ = [
@@ -39,7 +38,6 @@ __all__ = [
     "describe",
     "matrix_rate",
     "measure",
-    "median_seconds",
     "preset_pipeline",
 ]
 
@@ -128,31 +126,6 @@ def _device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise RequestError("device", f"{name!r} cannot be measured", ("auto", "cpu", "cuda", "cuda:1", "..."))
     return device
-
-
-def median_seconds(function: Callable[[], object], device: torch.device, *, repeats: int, warmup: int = 2) -> float:
-    """Median time of a call, by CUDA events on a GPU and by the wall clock elsewhere."""
-    for _ in range(warmup):
-        function()
-    if device.type != "cuda":
-        return statistics.median(_wall_seconds(function) for _ in range(repeats))
-    with torch.cuda.device(device):
-        torch.cuda.synchronize()
-        seconds: list[float] = []
-        for _ in range(repeats):
-            started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            started.record()
-            function()
-            ended.record()
-            torch.cuda.synchronize()
-            seconds.append(started.elapsed_time(ended) / 1000)
-    return statistics.median(seconds)
-
-
-def _wall_seconds(function: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, *, size: int | None = None, repeats: int = 11) -> float:

@@ -68,7 +68,7 @@ def selective_scan_chunked(
     state = (x.new_zeros(()) + A.new_zeros(())).expand(x.shape[0], *A.shape)
     outputs = []
     # split, not sliced one by one: each slice's gradient would be as long as the whole
-    chunks = zip(*(value.split(chunk_size, dim=1) for value in (x, dt, B, C)), strict=True)
+    chunks = zip(*(torch.split(value, chunk_size, dim=1) for value in (x, dt, B, C)), strict=True)
     for x_chunk, dt_chunk, B_chunk, C_chunk in chunks:
         operands = (state, x_chunk, dt_chunk, A, B_chunk, C_chunk)
         if torch.is_grad_enabled():  # states are made again in the backward pass: memory of one chunk, not of all

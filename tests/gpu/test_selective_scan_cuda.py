@@ -1,9 +1,9 @@
 """The selective scan on a GPU: values and all gradients of every back end against the loop in float64.
 
 As in test_ssd_cuda.py, operands are rounded first and errors are norms relative to the reference's. Neither back end
-has matrix products that round to tf32: in float32 both have 1e-4. In bfloat16 the step sizes stay in float32, for which
-the kernel computes everything in float32, and only the result and the gradients of x, B and C are rounded (u = 4e-3):
-2e-2.
+has matrix products that round to tf32, and torch's form has at most 3e-7 in float32 on a CPU: 2e-5 leaves room for the
+kernel's faster exponential. In bfloat16 the step sizes stay in float32, so everything is computed in float32, and
+only the result and the gradients of x, B and C are rounded (2e-3 in norm): 6e-3.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ HAS_KERNELS = importlib.util.find_spec("mamba_ssm") is not None
 needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="needs the package mamba-ssm")
 BACKENDS = ["chunked", pytest.param("mamba_ssm", marks=needs_kernels)]
 LENGTHS = [4, 6, 48, 64, 100, 256, 1000, 2100]
-BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 6e-3}
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from medsora.bench import decoder_flops, denoiser_flops, matrix_rate, measure, median_seconds, preset_pipeline
+from medsora.bench import decoder_flops, denoiser_flops, matrix_rate, measure, preset_pipeline
 from medsora.cli import app
 from medsora.config import AutoencoderConfig, DenoiserConfig
 from medsora.errors import MedsoraError, RequestError
@@ -18,6 +18,7 @@ from medsora.geometry import latent_shape
 from medsora.models.denoiser import Denoiser
 from medsora.pipeline import VideoPipeline
 from medsora.presets import AUTOENCODERS, DENOISERS
+from medsora.timing import median_seconds
 
 CPU = torch.device("cpu")
 
