@@ -1,6 +1,6 @@
 """Milliseconds of the scan operators' back ends by length and batch: the table that ``auto`` goes by.
 
-    python benchmarks/ssd.py [--operator ssd] [--device auto] [--quick] [--write-table]
+    python benchmarks/ssd.py [--operator ssd] [--device auto] [--quick] [--forward-only] [--write-table]
 
 Every back end that runs here is timed at each length and batch (number of sequences), forward and forward with
 backward, as the sum over the shapes of the ``small`` and the ``base`` denoiser; in bfloat16 on a GPU, in float32 on a
@@ -14,7 +14,6 @@ import json
 import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,29 +45,36 @@ def main() -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     backends = available(options.operator, device)
     print(f"{options.operator} on {device_name(device)}, {dtype}: {', '.join(backends)}; forward / with backward, ms")
-    rows = []
-    for length, batch in grid(options.operator, device, quick=options.quick):
-        row = measured_row(options.operator, backends, length, batch, device, dtype, 3 if options.quick else 11)
-        rows.append(row)
-        times = "  ".join(
-            f"{backend} {row['milliseconds'][backend]['forward']:.3f} / "
-            f"{row['milliseconds'][backend]['forward_backward']:.3f}"
-            for backend in row["backends"]
-        )
-        print(f"length {length:5d} batch {batch:6d}   {times}", flush=True)
-    run = {
+    run: dict[str, Any] = {
         "operator": options.operator,
         "device": device.type,
         "name": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "shapes": [list(shape) for shape in SHAPES[options.operator]],
-        "rows": rows,
+        "rows": [],
     }
-    if options.json:
-        options.json.write_text(format_table([run]))
+    for length, batch in grid(options.operator, device, quick=options.quick):
+        row = measured_row(
+            options.operator,
+            backends,
+            length,
+            batch,
+            device,
+            dtype,
+            repeats=3 if options.quick else 11,
+            forward_only=options.forward_only,
+        )
+        times = "  ".join(
+            f"{backend} {' / '.join(f'{value:.3f}' for value in row['milliseconds'][backend].values())}"
+            for backend in row["backends"]
+        )
+        print(f"length {length:5d} batch {batch:6d}   {times}", flush=True)
+        run["rows"].append(row)
+        if options.write_table:  # row by row: what was measured stays, should the time run out
+            write_table(run)
     if options.write_table:
-        write_table(run)
+        print(f"written: {TABLE_FILE}")
 
 
 def parse_options() -> argparse.Namespace:
@@ -77,7 +83,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="default: a GPU when there is one")
     parser.add_argument("--quick", action="store_true", help="few lengths and repeats: shows that it works")
     parser.add_argument("--write-table", action="store_true", help=f"update {TABLE_FILE.name}")
-    parser.add_argument("--json", type=Path, help="write the run to this file, in the table's format")
+    parser.add_argument("--forward-only", action="store_true", help="leave out the backward pass")
     options = parser.parse_args()
     if options.quick and options.write_table:
         parser.error("--quick measures too little for --write-table")
@@ -110,9 +116,17 @@ def grid(operator: str, device: torch.device, *, quick: bool) -> list[tuple[int,
 
 
 def measured_row(
-    operator: str, backends: list[str], length: int, batch: int, device: torch.device, dtype: torch.dtype, repeats: int
+    operator: str,
+    backends: list[str],
+    length: int,
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    repeats: int,
+    forward_only: bool,
 ) -> dict[str, Any]:
-    milliseconds = {}
+    milliseconds: dict[str, dict[str, float]] = {}
     for backend in backends:
         if operator == "ssd" and not is_worth_measuring(backend, length, batch):
             continue
@@ -121,12 +135,11 @@ def measured_row(
             run, leaves = operation(operator, backend, shape, length, batch, device, dtype)
             with torch.no_grad():
                 forward += median_seconds(run, device, repeats=repeats)
-            both = partial(with_backward, run, leaves)
-            backward += median_seconds(both, device, repeats=repeats)
-        milliseconds[backend] = {
-            "forward": round(1000 * forward, 4),
-            "forward_backward": round(1000 * backward, 4),
-        }
+            if not forward_only:
+                backward += median_seconds(partial(with_backward, run, leaves), device, repeats=repeats)
+        milliseconds[backend] = {"forward": round(1000 * forward, 4)}
+        if not forward_only:
+            milliseconds[backend]["forward_backward"] = round(1000 * backward, 4)
     return {"length": length, "batch": batch, "backends": ranking(milliseconds), "milliseconds": milliseconds}
 
 
@@ -199,7 +212,6 @@ def write_table(run: dict[str, Any]) -> None:
         return same_kind and (run["device"] == "cpu" or old["name"] == run["name"])
 
     TABLE_FILE.write_text(format_table([old for old in runs if not is_replaced(old)] + [run]))
-    print(f"written: {TABLE_FILE}")
 
 
 def format_table(runs: list[dict[str, Any]]) -> str:
