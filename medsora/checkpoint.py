@@ -19,8 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
-from medsora.config import ModelConfig, config_from_json, config_to_json
-from medsora.diffusion.samplers import SAMPLERS
+from medsora.config import SAMPLERS_OF, ModelConfig, config_from_json, config_to_json
 from medsora.errors import CheckpointError
 from medsora.files import parse_weight_header, read_bounded, sha256_of
 from medsora.geometry import is_valid_video_shape
@@ -142,9 +141,13 @@ def _check_manifest(config: ModelConfig, manifest: Manifest) -> None:
         for width, height in limits.sizes:
             if not is_valid_video_shape(num_frames, height, width, patch_size=patch_size):
                 raise ValueError(f"limits allow {num_frames} frames of {width}x{height}, which cannot be coded")
-    unknown = sorted(set(limits.samplers) - set(SAMPLERS))
-    if unknown:
-        raise ValueError(f"limits name unknown samplers: {', '.join(unknown)}; known: {', '.join(SAMPLERS)}")
+    prediction = config.denoiser.prediction
+    unfit = [name for name in limits.samplers if name not in SAMPLERS_OF[prediction]]
+    if unfit:
+        raise ValueError(
+            f"limits name samplers that cannot use a predicted {prediction}: {', '.join(unfit)}; "
+            f"those that can: {', '.join(SAMPLERS_OF[prediction])}"
+        )
 
 
 def _read_checked(path: Path, record: FileRecord) -> bytes:

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 from medsora.jsonconfig import from_json, to_json
 
-__all__ = ["AutoencoderConfig", "DenoiserConfig", "ModelConfig", "config_from_json", "config_to_json"]
+__all__ = ["SAMPLERS_OF", "AutoencoderConfig", "DenoiserConfig", "ModelConfig", "config_from_json", "config_to_json"]
 
 SCAN_ORDERS = ("spiral", "released")
+LOCAL_POSITIONS = ("relative", "released")
+SAMPLERS_OF = {"velocity": ("euler", "heun"), "noise": ("ddim", "ddpm")}
+"""The samplers that can use each kind of prediction."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -51,7 +54,9 @@ class DenoiserConfig:
     in_channels: int = 16
     """Channels of the latents."""
     out_channels: int = 16
-    """``in_channels`` for a velocity; twice that for noise and learned variance (the paper's DDPM)."""
+    """``in_channels`` for a velocity; twice that for noise with its variance."""
+    prediction: str = "velocity"
+    """``velocity`` (noise - data), or ``noise`` with its learned variance: the paper's DDPM."""
     patch_size: int = 2
     hidden_size: int = 512
     depth: int = 12
@@ -65,6 +70,8 @@ class DenoiserConfig:
     """1: forward only, as the released code; 2: both ways with shared weights, as the paper's later figure."""
     scan_order: str = "spiral"
     """``spiral``, or ``released`` for the released code's inverted gather."""
+    local_positions: str = "relative"
+    """Of local attention: ``relative``, or ``released`` for the released code's queries, turned one window too far."""
     modulation_rank: int | None = None
     """Rank of adaLN's projection; None is the paper's full matrix."""
     condition_sizes: tuple[int, ...] = ()
@@ -82,8 +89,14 @@ class DenoiserConfig:
             f"condition_sizes must be at most 16 of 1 to 65536, got {self.condition_sizes}",
         )
         _require(
-            self.out_channels in (self.in_channels, 2 * self.in_channels),
-            f"out_channels must be in_channels or twice it, got {self.out_channels} for {self.in_channels}",
+            self.prediction in SAMPLERS_OF,
+            f"prediction must be one of {tuple(SAMPLERS_OF)}, got {self.prediction!r}",
+        )
+        wanted = self.in_channels * (2 if self.prediction == "noise" else 1)
+        _require(
+            self.out_channels == wanted,
+            f"out_channels must be {wanted} to predict {self.prediction} of {self.in_channels} channels, "
+            f"got {self.out_channels}",
         )
         _require(
             self.d_inner % self.headdim == 0,
@@ -97,6 +110,10 @@ class DenoiserConfig:
         _require(
             self.scan_order in SCAN_ORDERS,
             f"scan_order must be one of {SCAN_ORDERS}, got {self.scan_order!r}",
+        )
+        _require(
+            self.local_positions in LOCAL_POSITIONS,
+            f"local_positions must be one of {LOCAL_POSITIONS}, got {self.local_positions!r}",
         )
         _require(
             self.modulation_rank is None or 1 <= self.modulation_rank <= 8192,

@@ -23,7 +23,7 @@ DENOISERS: dict[str, DenoiserConfig] = {
     "small": DenoiserConfig(hidden_size=256, depth=6,  d_state=64,  headdim=64, modulation_rank=32,
                             in_channels=16,  out_channels=16, temporal_directions=2),
     "base":  DenoiserConfig(hidden_size=512, depth=12, d_state=128, headdim=64, modulation_rank=None,
-                            in_channels=16,  out_channels=32),
+                            in_channels=16,  out_channels=32, prediction="noise"),
     "large": DenoiserConfig(hidden_size=512, depth=24, d_state=128, headdim=64, modulation_rank=None,
                             in_channels=16,  out_channels=16, temporal_directions=2),
 }

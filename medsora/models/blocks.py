@@ -17,11 +17,12 @@ from medsora.ops import at_least_float32, ssd
 __all__ = ["LocalAttention", "Mamba2", "SpatialMamba", "TemporalMamba"]
 
 
-def rotate(x: Float[Tensor, "... n d"]) -> Float[Tensor, "... n d"]:
+def rotate(x: Float[Tensor, "... n d"], *, first_position: int = 0) -> Float[Tensor, "... n d"]:
     """Rotary position embedding over the last two axes, halves paired (Su et al., arXiv 2104.09864)."""
     length, half = x.shape[-2], x.shape[-1] // 2
-    frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = torch.arange(length, device=x.device, dtype=torch.float32)[:, None] * frequency
+    dtype = torch.promote_types(x.dtype, torch.float32)  # angles bear no less
+    frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
+    angle = torch.arange(first_position, first_position + length, device=x.device, dtype=dtype)[:, None] * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -32,11 +33,16 @@ class LocalAttention(nn.Module):
 
     With window 8 on an 8 x 8 grid that is the row before, its own and the row after. Rotary positions, no
     output projection, as in MedSora.
+
+    Args:
+        positions: ``relative``, or ``released``: the released code turns a query as if it stood one window later
+            (it counts keys within a window and its two neighbours, but queries within the last of the three).
     """
 
-    def __init__(self, hidden_size: int, window: int) -> None:
+    def __init__(self, hidden_size: int, window: int, *, positions: str = "relative") -> None:
         super().__init__()
         self.window = window
+        self.query_shift = window if positions == "released" else 0
         self.query = nn.Linear(hidden_size, hidden_size, bias=False)
         self.key = nn.Linear(hidden_size, hidden_size, bias=False)
         self.value = nn.Linear(hidden_size, hidden_size, bias=False)
@@ -44,7 +50,8 @@ class LocalAttention(nn.Module):
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         position = torch.arange(x.shape[1], device=x.device)
         near = (position[:, None] - position).abs() <= self.window
-        query, key, value = rotate(self.query(x)), rotate(self.key(x)), self.value(x)
+        query, key = rotate(self.query(x), first_position=self.query_shift), rotate(self.key(x))
+        value = self.value(x)
         # the middle axis is the single head, which the fused kernels expect
         mixed = F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None], attn_mask=near)
         return mixed[:, 0]

@@ -1,4 +1,4 @@
-"""The MedSora denoiser, top to bottom: latents at time t and a condition -> velocity.
+"""The MedSora denoiser, top to bottom: latents at time t and a condition -> velocity, or noise with its variance.
 
 Source: MedSora (arXiv 2411.01647) and its released code. What is ours: time is given per latent
 frame, so that frames already known can be held clean (t = 0), and class conditions.
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from medsora.config import DenoiserConfig
 from medsora.models.blocks import LocalAttention, SpatialMamba, TemporalMamba
+from medsora.ops import at_least_float32
 
 __all__ = ["Denoiser"]
 
@@ -24,20 +25,24 @@ TIME_SCALE = 1000.0
 
 
 def sinusoids(position: Float[Tensor, "*n"], size: int) -> Float[Tensor, "*n {size}"]:
-    """Cosines and sines of a position at ``size / 2`` frequencies from 1 down to about 1e-4."""
-    frequency = torch.exp(-math.log(10000.0) * torch.arange(size // 2, device=position.device) / (size // 2))
-    angle = position[..., None].float() * frequency
+    """Cosines and sines of a position at ``size / 2`` frequencies from 1 down to about 1e-4, in float32 at least."""
+    position = at_least_float32(position)
+    index = torch.arange(size // 2, device=position.device, dtype=position.dtype)
+    angle = position[..., None] * torch.exp(-math.log(10000.0) * index / (size // 2))
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-def grid_positions(height: int, width: int, size: int, device: torch.device) -> Float[Tensor, "h w d"]:
-    """Fixed 2-D sine-cosine position embedding: half of ``size`` for the row, half for the column."""
-    rows = sinusoids(torch.arange(height, device=device).float(), size // 2)
-    columns = sinusoids(torch.arange(width, device=device).float(), size // 2)
-    return torch.cat(
+def grid_positions(like: Float[Tensor, "b f h w d"]) -> Float[Tensor, "h w d"]:
+    """Fixed 2-D sine-cosine position embedding: half of the channels for the row, half for the column."""
+    height, width, size = like.shape[2:]
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    rows = sinusoids(torch.arange(height, device=like.device, dtype=dtype), size // 2)
+    columns = sinusoids(torch.arange(width, device=like.device, dtype=dtype), size // 2)
+    positions = torch.cat(
         [rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)],
         dim=-1,
     )
+    return positions.to(like.dtype)
 
 
 class Modulation(nn.Module):
@@ -70,7 +75,7 @@ class Block(nn.Module):
         size = config.hidden_size
         self.modulation = Modulation(size, 9, config.modulation_rank)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(size), nn.LayerNorm(size), nn.LayerNorm(size)
-        self.attention = LocalAttention(size, config.local_window)
+        self.attention = LocalAttention(size, config.local_window, positions=config.local_positions)
         self.spatial = SpatialMamba(config, index)
         self.temporal = TemporalMamba(config)
 
@@ -100,7 +105,7 @@ class Denoiser(nn.Module):
         self.time_in, self.time_out = nn.Linear(TIME_FEATURES, size), nn.Linear(size, size)
         self.conditions = nn.ModuleList(nn.Embedding(classes + 1, size) for classes in config.condition_sizes)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
-        self.norm_out = nn.LayerNorm(size, elementwise_affine=False)
+        self.norm_out = nn.LayerNorm(size, eps=1e-6, elementwise_affine=False)
         self.modulation_out = Modulation(size, 2, config.modulation_rank)
         self.patch_out = nn.Linear(size, config.out_channels * patch**2)
         self._initialise()
@@ -127,22 +132,52 @@ class Denoiser(nn.Module):
         t: Float[Tensor, "b f"],
         condition: Int[Tensor, "b k"],
     ) -> Float[Tensor, "b o f h w"]:
-        """Predict the velocity (noise - data) of every latent frame.
+        """Predict the velocity (noise - data) of every latent frame, or its noise and then the noise's variance.
 
         Args:
             latents: Noisy latents; height and width multiples of the patch size.
-            t: Diffusion time of each frame, 0 (clean) to 1 (noise).
+            t: Diffusion time of each frame, 0 (clean) to 1 (noise). Of a network that predicts noise, the trained
+                step over 1000; one between two steps counts as the nearest.
             condition: Class of each condition; ``config.null_condition`` asks for none.
         """
-        patch = self.config.patch_size
-        x: Tensor = self.patch_in(rearrange(latents, "b c f (h p) (w q) -> b f h w (c p q)", p=patch, q=patch))
-        x = x + grid_positions(x.shape[2], x.shape[3], x.shape[4], x.device).to(x.dtype)
-        features = sinusoids(t * TIME_SCALE, TIME_FEATURES).to(x.dtype)
-        embedding = self.time_out(F.silu(self.time_in(features)))  # b f d
-        for index, table in enumerate(self.conditions):
-            embedding = embedding + table(condition[:, index])[:, None]
+        x, embedding = self._embed(latents, t, condition)
         for block in self.blocks:
             x = block(x, embedding, self.backend)
+        return self._head(x, embedding)
+
+    def _embed(self, latents: Tensor, t: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens of all patches (b f h w d), and what modulates each frame (b f d)."""
+        patch = self.config.patch_size
+        x: Tensor = self.patch_in(rearrange(latents, "b c f (h p) (w q) -> b f h w (c p q)", p=patch, q=patch))
+        x = x + grid_positions(x)
+        features = sinusoids(t * TIME_SCALE, TIME_FEATURES).to(x.dtype)
+        embedding: Tensor = self.time_out(F.silu(self.time_in(features)))
+        for index, table in enumerate(self.conditions):
+            embedding = embedding + table(condition[:, index])[:, None]
+        return x, embedding
+
+    def _head(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Prediction (b o f h w) of the last tokens."""
+        patch = self.config.patch_size
         shift, scale = self.modulation_out(embedding)
         x = self.patch_out(modulate(self.norm_out(x), shift, scale))
         return rearrange(x, "b f h w (c p q) -> b c f (h p) (w q)", p=patch, q=patch)
+
+    def compile_parts(self) -> None:
+        """Compile for inference on fixed shapes: ends and blocks apart, since all blocks then share one graph.
+
+        Call :meth:`make_walks` for each shape before it runs: walks made while tracing would be constants of each
+        block's own, and every block would compile anew (docs/experiments.md).
+        """
+        self._embed = torch.compile(self._embed, dynamic=False)  # type: ignore[method-assign]
+        self._head = torch.compile(self._head, dynamic=False)  # type: ignore[method-assign]
+        for block in self.blocks:
+            block.compile(dynamic=False)
+
+    def make_walks(self, latent: tuple[int, int, int], device: torch.device) -> None:
+        """Make the index tables for latents of (frames, height, width), if they are not there yet."""
+        f, h, w = latent[0], latent[1] // self.config.patch_size, latent[2] // self.config.patch_size
+        for mixer in self.modules():
+            if isinstance(mixer, SpatialMamba | TemporalMamba):
+                for walks in mixer.walks(f, h, w, device):
+                    walks.tiles(self.config.d_conv - 1)

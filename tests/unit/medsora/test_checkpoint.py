@@ -122,7 +122,7 @@ def test_a_missing_file_is_named(copy: Path, name: str) -> None:
         (lambda m: m["labels"][0].update(synonyms=["++"]), "is empty"),
         (lambda m: m["labels"].append(m["labels"][0]), "must have different names"),
         (lambda m: m["limits"].update(fps=10**400), "fps must be a finite number"),
-        (lambda m: m["limits"].update(samplers=["ddim"]), "unknown samplers: ddim; known: euler, heun"),
+        (lambda m: m["limits"].update(samplers=["ddim"]), "cannot use a predicted velocity: ddim; those that can: euler, heun"),
         (lambda m: m["limits"].update(num_frames=[12]), "limits allow 12 frames of 32x32, which cannot be coded"),
         (lambda m: m["limits"].update(sizes=[[32, 40]]), "limits allow 16 frames of 32x40, which cannot be coded"),
         (lambda m: m.update(description="\x1b[2J"), "control characters in"),
@@ -142,6 +142,11 @@ def test_a_manifest_that_does_not_fit_is_refused(copy: Path, change: Callable[[A
         (lambda c: c["denoiser"].update(depth="2"), r"denoiser\.depth must be int, not str"),
         (lambda c: c["denoiser"].update(depth=10**9), "depth must be 1 to 256"),
         (lambda c: c["denoiser"].update(scan_order="zigzag"), "scan_order must be one of"),
+        (lambda c: c["denoiser"].update(local_positions="none"), "local_positions must be one of"),
+        (lambda c: c["denoiser"].update(prediction="data"), "prediction must be one of"),
+        (lambda c: c["denoiser"].update(prediction="noise"), "out_channels must be 8 to predict noise of 4 channels"),
+        (lambda c: c["denoiser"].update(out_channels=8), "out_channels must be 4 to predict velocity of 4 channels"),
+        (lambda c: c["denoiser"].update(prediction="noise", out_channels=8), "cannot use a predicted noise: euler, heun"),
         (lambda c: c["condition_names"].update(probe=["convex", "convex"]), "probe has a value twice"),
         (lambda c: c["autoencoder"].update(latent_channels=5), "the denoiser takes 4"),
         (lambda c: c.pop("autoencoder"), "lacks keys: autoencoder"),
@@ -155,6 +160,17 @@ def test_a_configuration_that_does_not_fit_is_refused(
     reseal(copy, "config.json")
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(copy)
+
+
+def test_a_configuration_from_before_a_field_was_there_is_read(copy: Path) -> None:
+    def remove_new_fields(config: Any) -> None:
+        for name in ("prediction", "local_positions"):
+            del config["denoiser"][name]
+
+    edit_json(copy / "config.json", remove_new_fields)
+    reseal(copy, "config.json")
+    config = load_checkpoint(copy).config.denoiser
+    assert (config.prediction, config.local_positions) == ("velocity", "relative")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b"\xff\xfe", b"[" * 100_000])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medsora.models.denoiser import Block, Denoiser
+from medsora.models.denoiser import Block, Denoiser, sinusoids
 from medsora.presets import DENOISERS
 
 
@@ -54,7 +54,7 @@ def written_out(model: Denoiser, latents: Tensor, t: Tensor, condition: Tensor) 
 
     def modulated(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         mean, variance = x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True)
-        normed = (x - mean) / (variance + 1e-5).sqrt()
+        normed = (x - mean) / (variance + (1e-5 if norm.elementwise_affine else 1e-6)).sqrt()
         if norm.elementwise_affine:
             normed = normed * norm.weight + norm.bias
         return normed * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
@@ -93,10 +93,11 @@ def test_network_equals_its_description_token_by_token() -> None:
         if parameter.dim() == 1 and ("norm" in name or "bias" in name):  # nothing at its initial 0 or 1
             parameter += 0.3 * torch.randn_like(parameter)
     latents = torch.randn(2, 4, 3, 4, 6, dtype=torch.float64)  # more columns than rows
-    t, condition = torch.tensor([[0.0, 0.3, 1.0], [0.7, 0.7, 0.1]]), torch.tensor([[0, 1], [3, 2]])
+    t = torch.tensor([[0.0, 0.3, 1.0], [0.7, 0.7, 0.1]], dtype=torch.float64)
+    condition = torch.tensor([[0, 1], [3, 2]])
     expected = written_out(model, latents, t, condition)
     assert expected.std() > 0.1
-    assert torch.allclose(model(latents, t, condition), expected, atol=1e-5)
+    assert torch.allclose(model(latents, t, condition), expected, rtol=1e-9, atol=1e-10)
 
 
 def test_each_mixer_reads_its_own_third_of_the_modulation() -> None:
@@ -176,6 +177,26 @@ def test_every_parameter_learns() -> None:
 def test_blocks_rotate_through_the_eight_spirals() -> None:
     model = Denoiser(replace(DENOISERS["tiny"], depth=10))
     assert [block.spatial.spiral for block in model.blocks] == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]  # type: ignore[union-attr]
+
+
+def test_the_steps_of_ddpm_are_whole_numbers_to_the_network() -> None:
+    model = lively(prediction="noise", out_channels=8)
+    k = torch.arange(1000.0)
+    t = k / 1000
+    assert (t * 1000 != k).any()  # which is why it rounds
+    seen: list[Tensor] = []
+    model.time_in.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    condition = torch.tensor([model.config.null_condition])
+    for times in t.split(50):
+        model(torch.randn(1, 4, 50, 2, 2), times[None], condition)
+    assert torch.allclose(torch.cat(seen, dim=1)[0], sinusoids(k, 256), rtol=0, atol=1e-6)
+
+
+def test_noise_comes_with_a_value_for_its_variance() -> None:
+    model = lively(prediction="noise", out_channels=8)
+    predicted = model(torch.randn(2, 4, 3, 4, 4), torch.rand(2, 3), torch.tensor([[0, 1], [3, 2]]))
+    assert predicted.shape == (2, 8, 3, 4, 4)
+    assert DENOISERS["base"].prediction == "noise"
 
 
 def test_base_has_the_published_number_of_parameters() -> None:
