@@ -140,44 +140,19 @@ class Denoiser(nn.Module):
                 step over 1000; one between two steps counts as the nearest.
             condition: Class of each condition; ``config.null_condition`` asks for none.
         """
-        x, embedding = self._embed(latents, t, condition)
-        for block in self.blocks:
-            x = block(x, embedding, self.backend)
-        return self._head(x, embedding)
-
-    def _embed(self, latents: Tensor, t: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens of all patches (b f h w d), and what modulates each frame (b f d)."""
         patch = self.config.patch_size
         x: Tensor = self.patch_in(rearrange(latents, "b c f (h p) (w q) -> b f h w (c p q)", p=patch, q=patch))
         x = x + grid_positions(x)
-        features = sinusoids(t * TIME_SCALE, TIME_FEATURES).to(x.dtype)
-        embedding: Tensor = self.time_out(F.silu(self.time_in(features)))
+        time = t * TIME_SCALE
+        if self.config.prediction == "noise":
+            # defined at the steps 0 to 999 alone; 10 of them, over 1000 and times 1000 in float32, are no whole number
+            time = time.round()
+        features = sinusoids(time, TIME_FEATURES).to(x.dtype)
+        embedding = self.time_out(F.silu(self.time_in(features)))  # b f d
         for index, table in enumerate(self.conditions):
             embedding = embedding + table(condition[:, index])[:, None]
-        return x, embedding
-
-    def _head(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Prediction (b o f h w) of the last tokens."""
-        patch = self.config.patch_size
+        for block in self.blocks:
+            x = block(x, embedding, self.backend)
         shift, scale = self.modulation_out(embedding)
         x = self.patch_out(modulate(self.norm_out(x), shift, scale))
         return rearrange(x, "b f h w (c p q) -> b c f (h p) (w q)", p=patch, q=patch)
-
-    def compile_parts(self) -> None:
-        """Compile for inference on fixed shapes: ends and blocks apart, since all blocks then share one graph.
-
-        Call :meth:`make_walks` for each shape before it runs: walks made while tracing would be constants of each
-        block's own, and every block would compile anew (docs/experiments.md).
-        """
-        self._embed = torch.compile(self._embed, dynamic=False)  # type: ignore[method-assign]
-        self._head = torch.compile(self._head, dynamic=False)  # type: ignore[method-assign]
-        for block in self.blocks:
-            block.compile(dynamic=False)
-
-    def make_walks(self, latent: tuple[int, int, int], device: torch.device) -> None:
-        """Make the index tables for latents of (frames, height, width), if they are not there yet."""
-        f, h, w = latent[0], latent[1] // self.config.patch_size, latent[2] // self.config.patch_size
-        for mixer in self.modules():
-            if isinstance(mixer, SpatialMamba | TemporalMamba):
-                for walks in mixer.walks(f, h, w, device):
-                    walks.tiles(self.config.d_conv - 1)
