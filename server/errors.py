@@ -1,5 +1,6 @@
 """Errors that reach a client, in OpenAI's envelope: ``{"error": {message, type, param, code}}``."""
 
+import re
 from typing import Any
 
 __all__ = [
@@ -12,12 +13,28 @@ __all__ = [
     "TooLargeError",
     "UnavailableError",
     "error_body",
+    "without_folders",
 ]
 
 
 def error_body(message: str, *, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """The envelope. ``kind`` becomes ``type``; ``param`` names the offending field."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+_NAME = r"[^\s/:'\",]+"
+_FOLDERS = re.compile(rf"(?<![\w/.])/(?![/\s])(?:{_NAME}(?: {_NAME})*/)*")
+"""A slash that begins a path (not one within a word, a relative path or a URL) and the folders after it, whose names
+may have spaces: rather a word too much is taken than a folder told."""
+
+
+def without_folders(text: str) -> str:
+    """``text`` with absolute paths cut down to their last part: where files lie is no client's business.
+
+    >>> without_folders("/srv/models/small/denoiser.safetensors: is damaged")
+    'denoiser.safetensors: is damaged'
+    """
+    return _FOLDERS.sub("", text)
 
 
 class ServiceError(Exception):

@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from sqlalchemy.exc import SQLAlchemyError
 
 from server.api.dependencies import Services, ServicesDep
-from server.errors import error_body
+from server.errors import error_body, without_folders
 from server.jobs.model import TERMINAL, JobStatus
 from server.jobs.queue import QueueError
 from server.jobs.totals import Totals, read_totals
@@ -68,7 +68,7 @@ def _check_broker(services: Services) -> str | None:
     try:
         services.probe_queue.length()
     except QueueError as error:
-        return f"The broker does not answer: {str(error).rstrip('.')}."
+        return f"The broker does not answer: {without_folders(str(error)).rstrip('.')}."
     finally:
         _probe_lock.release()
     return None

@@ -18,6 +18,7 @@ from medsora.errors import BackendError, CheckpointError, MedsoraError, VideoErr
 from medsora.provenance import clip_metadata
 from medsora.request import GenerationRequest
 from medsora.video_io import probe_video, write_mp4
+from server.errors import without_folders
 from server.jobs.queue import JobQueue, QueueError
 from server.jobs.repository import Claim, FinishedWork
 from server.storage import ArtifactInfo, StorageFullError
@@ -56,6 +57,9 @@ def run_job(runtime: WorkerRuntime, job_id: str) -> None:
         logger.warning("%s belongs to another worker now", job_id)
     except WorkerStopping:
         _hand_back(runtime, claim)
+    except SQLAlchemyError as error:
+        # Nothing is wrong with the job, and what the table says of it now is unknown: its lease runs out.
+        logger.error("%s is left to the reaper: the job table cannot be written: %s", job_id, error)
     except Exception as error:
         code, message = _explain(error)
         logger.exception("%s failed: %s", job_id, code)
@@ -168,15 +172,15 @@ def _explain(error: Exception) -> tuple[str, str]:
     if isinstance(error, StorageFullError):
         return "storage_full", "There was no room to store the video."
     if isinstance(error, CheckpointError):
-        return "checkpoint_invalid", f"The model cannot be used: {error}"
+        return "checkpoint_invalid", f"The model cannot be used: {without_folders(str(error))}"
     if isinstance(error, BackendError):
-        return "device_unavailable", str(error)
+        return "device_unavailable", without_folders(str(error))
     if isinstance(error, SoftTimeLimitExceeded):
         return "time_limit_exceeded", "The video took longer than a job may take."
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out_of_memory", "The device has too little free memory for this video."
     if isinstance(error, MedsoraError):
-        return "generation_failed", f"The video could not be made: {error}"
+        return "generation_failed", f"The video could not be made: {without_folders(str(error))}"
     return "generation_failed", f"The video could not be made: {type(error).__name__}."
 
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from celery.exceptions import SoftTimeLimitExceeded
+from sqlalchemy.exc import OperationalError
 
 from medsora.errors import BackendError, CheckpointError, VideoError
 from medsora.video_io import probe_video
@@ -154,8 +155,6 @@ def test_late_worker_removes_its_own_file_and_nothing_else(
 def test_lost_answer_to_a_commit_does_not_cost_the_file(
     bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sqlalchemy.exc import OperationalError
-
     succeed = bench.repository.succeed
     calls = []
 
@@ -173,6 +172,26 @@ def test_lost_answer_to_a_commit_does_not_cost_the_file(
     assert bench.files() == [f"{job.id}.1.mp4"]
 
 
+def test_job_is_left_to_the_reaper_while_its_table_cannot_be_written(
+    bench: Bench, add_job: AddJob, expire_lease: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import server.worker.generation as generation
+
+    def broken(*_: Any) -> bool:
+        raise OperationalError("update", {}, Exception("disk I/O error"))
+
+    job_id = add_job()
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.repository, "succeed", broken)
+        patch.setattr(generation, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda pause_s: None))
+        job = bench.run(job_id)
+    assert (job.status, job.attempt, job.error_code) == (JobStatus.RUNNING, 1, None)
+    expire_lease(job_id)
+    bench.repository.sweep_expired()
+    job = bench.run(job_id)
+    assert (job.status, job.attempt) == (JobStatus.SUCCEEDED, 2)
+
+
 def test_stopping_worker_hands_the_job_back(bench: Bench, add_job: AddJob) -> None:
     bench.model.at_step = lambda step: bench.stopping.set() if step == 2 else None
     job = bench.run(add_job())
@@ -184,11 +203,12 @@ def test_stopping_worker_hands_the_job_back(bench: Bench, add_job: AddJob) -> No
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (CheckpointError("denoiser.safetensors is damaged"), "checkpoint_invalid", "denoiser.safetensors is damaged"),
-        (BackendError("no CUDA here"), "device_unavailable", "no CUDA here"),
+        (CheckpointError("/secret/path/a.safetensors is bad"), "checkpoint_invalid", ": a.safetensors is bad"),
+        (BackendError("no CUDA in /secret/path"), "device_unavailable", "no CUDA in path"),
         (SoftTimeLimitExceeded(), "time_limit_exceeded", "longer than a job may take"),
         (MemoryError(), "out_of_memory", "too little free memory"),
         (VideoError("values that are not finite"), "generation_failed", "not finite"),
+        (VideoError("/secret/path/a b/c.mp4: holds no video"), "generation_failed", ": c.mp4: holds no video"),
         (RuntimeError("/secret/path"), "generation_failed", "RuntimeError"),
         (OSError(28, "No space left on device"), "generation_failed", "OSError"),
     ],
@@ -202,7 +222,7 @@ def test_errors_have_codes(bench: Bench, add_job: AddJob, error: Exception, code
     assert (job.status, job.error_code) == (JobStatus.FAILED, code)
     assert job.error_message is not None
     assert message in job.error_message
-    assert "/secret/path" not in job.error_message
+    assert "/" not in job.error_message
     assert bench.files() == []
     bench.model.at_step = lambda step: None
     assert bench.run(add_job()).status is JobStatus.SUCCEEDED
