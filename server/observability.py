@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -88,6 +89,9 @@ class RequestMiddleware:
                 await _json(413, self._too_large().body())(scope, receive, tagged_send)
             else:
                 await self._app(scope, limited_receive, tagged_send)
+        except ClientDisconnect:
+            status = 499  # as nginx counts it: nobody is there to be answered, and the server did nothing wrong
+            logger.info("request %s: the client went away: %s", request_id, scope["method"])
         except Exception:
             logger.exception("request %s failed: %s", request_id, scope["method"])
             if has_started:

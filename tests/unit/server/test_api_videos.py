@@ -1,13 +1,17 @@
 """GET, list, content and DELETE of /v1/videos; models, health, metrics; errors nobody planned."""
 
 import hashlib
+import logging
 import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from fastapi.testclient import TestClient
+from pydantic import SecretStr
 
 from server.api.dependencies import Services
 from server.app import create_app
@@ -292,6 +296,14 @@ def test_worker_that_cannot_load_its_model_is_not_ready(client: TestClient) -> N
     assert client.get("/health/ready").json()["checks"]["worker"] == {"status": "ok"}
 
 
+def test_readiness_does_not_tell_where_the_broker_lies(settings: Settings, tmp_path: Path) -> None:
+    lost = settings.model_copy(update={"redis_url": SecretStr(f"redis+socket://{tmp_path}/redis.sock")})
+    with TestClient(create_app(lost)) as client:
+        answer = client.get("/health/ready")
+    assert "redis.sock" in answer.json()["checks"]["broker"]["reason"]
+    assert str(tmp_path) not in answer.text
+
+
 def test_readiness_names_a_full_disk(settings: Settings) -> None:
     with TestClient(create_app(settings.model_copy(update={"min_free_bytes": 2**62}))) as client:
         assert "bytes are free" in client.get("/health/ready").json()["checks"]["disk"]["reason"]
@@ -334,6 +346,32 @@ def test_errors_of_the_framework_have_the_envelope(
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
     assert code is None or response.json()["error"]["code"] == code
     assert response.headers["x-request-id"].startswith("req_")
+
+
+def test_client_that_goes_away_is_no_error_of_the_server(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    messages = iter([{"type": "http.request", "body": b'{"prompt": ', "more_body": True}, {"type": "http.disconnect"}])
+
+    async def receive() -> Any:
+        return next(messages)
+
+    async def send(message: Any) -> None:
+        raise AssertionError(f"nobody is there to be answered: {message}")
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/videos",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+        "app": client.app,
+    }
+    with caplog.at_level("INFO"):
+        anyio.run(client.app, scope, receive, send)
+    assert [record.levelname for record in caplog.records if record.levelno > logging.INFO] == []
+    assert "the client went away" in caplog.text
+    line = 'medsora_http_request_seconds_count{method="POST",route="/v1/videos",status="499"} 1.0'
+    assert line in client.get("/metrics").text
+    assert client.get("/v1/videos").json()["data"] == []
 
 
 def test_wrong_method_tells_the_right_ones(client: TestClient) -> None:
