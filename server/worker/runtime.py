@@ -16,6 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from medsora.errors import BackendError, CheckpointError
 from medsora.request import resolve_request
 from server.checkpoints import Catalogue, ServedCheckpoint
+from server.errors import without_folders
 from server.jobs.database import Database, migrate
 from server.jobs.repository import JobRepository
 from server.jobs.workers import WorkerRegistry
@@ -41,6 +42,8 @@ class WorkerRuntime:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.stopping = threading.Event()
+        # First of all: what comes before it is not heard.
+        signal.signal(STOP_SIGNAL, lambda *_: self.stopping.set())
         self.worker_id = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self.database = Database(settings.database_address)
         migrate(self.database)
@@ -56,17 +59,19 @@ class WorkerRuntime:
     def start(self) -> None:
         """Load and warm up all models, then report to the table of workers.
 
-        A checkpoint that cannot be loaded is reported too, and tried again when a job needs it.
+        A checkpoint that cannot be loaded is reported too, and tried again when a job needs it. When this process is
+        to stop, it loads no further ones.
         """
-        signal.signal(STOP_SIGNAL, lambda *_: self.stopping.set())
         problems = []
         for name in self.settings.checkpoints:
+            if self.stopping.is_set():
+                break
             try:
                 checkpoint = Catalogue.load([name]).default
                 self._load(checkpoint)
             except (CheckpointError, BackendError) as error:
                 logger.error("model %s cannot be loaded: %s", name, error)
-                problems.append(str(error))
+                problems.append(without_folders(str(error)))
         self._problem = " ".join(problems) or None
         self._report_once()
         self._life.start()
@@ -109,7 +114,7 @@ class WorkerRuntime:
             checkpoint.directory, device=settings.device, dtype=settings.dtype, backend=settings.backend
         )
         self._device = str(pipeline.device)
-        if settings.warm_up:
+        if settings.warm_up and not self.stopping.is_set():
             manifest = pipeline.manifest
             least = manifest.limits.num_inference_steps[0]
             request = resolve_request(manifest, label=manifest.labels[0].name, seed=0, num_inference_steps=least)

@@ -2,6 +2,10 @@
 
 import logging
 import os
+import signal
+import threading
+import time
+from contextlib import suppress
 from typing import Any
 
 from celery import shared_task
@@ -15,6 +19,7 @@ from server.worker.runtime import STOP_SIGNAL, WorkerRuntime
 __all__ = ["generate_video"]
 
 logger = logging.getLogger(__name__)
+_TELL_AGAIN_S = 0.2
 _runtime: WorkerRuntime | None = None  # of this process; set before it gets its first task
 _worker: Any = None  # Celery's worker object, in the parent process only
 
@@ -53,15 +58,21 @@ def _on_process_shutdown(**_: Any) -> None:
 def _on_worker_init(sender: Any, **_: Any) -> None:
     global _worker
     _worker = sender
+    # Sampling processes inherit this: until they can hear the signal it must not end them, or new ones would start.
+    signal.signal(STOP_SIGNAL, signal.SIG_IGN)
 
 
 def _on_shutting_down(**_: Any) -> None:
     """Let running jobs be handed back at their next step, instead of waiting for their end."""
-    for process_id in child_process_ids(_worker):
-        try:
-            os.kill(process_id, STOP_SIGNAL)
-        except ProcessLookupError:
-            continue
+    threading.Thread(target=_tell_children_to_stop, name="stop", daemon=True).start()
+
+
+def _tell_children_to_stop() -> None:
+    while True:  # again and again, for those that are still starting, perhaps with a job waiting for them
+        for process_id in child_process_ids(_worker):
+            with suppress(ProcessLookupError):
+                os.kill(process_id, STOP_SIGNAL)
+        time.sleep(_TELL_AGAIN_S)
 
 
 worker_init.connect(_on_worker_init)
