@@ -1,8 +1,8 @@
 """``medsora-server serve``: Redis, worker, API and reaper as children of one process.
 
 A child that dies is started again. On SIGTERM or Ctrl-C they are stopped in an order in which nothing is lost:
-first the API, then the worker, which hands back its job. The kernel kills every child when this process dies,
-however it dies.
+first the API, then the worker, which hands back its job; a second signal kills them. The kernel kills every child
+when this process dies, however it dies.
 """
 
 import ctypes
@@ -120,16 +120,19 @@ class _Child:
         elif now >= self._start_at:
             self.start()
 
-    def stop(self, grace_s: float) -> None:
-        """Ask it to end, and kill it when it has not after ``grace_s`` seconds."""
+    def stop(self, grace_s: float, is_urgent: Callable[[], bool] = lambda: False) -> None:
+        """Ask it to end, and kill it when it has not after ``grace_s`` seconds, or as soon as it is urgent."""
         if self._process is None or self._process.poll() is not None:
             return
         self._process.terminate()
-        try:
-            self._process.wait(grace_s)
-        except subprocess.TimeoutExpired:
-            logger.error("%s did not stop within %.0f s and is killed", self.name, grace_s)
-            self.kill()
+        deadline = time.monotonic() + grace_s
+        while self._process.poll() is None:
+            if is_urgent():
+                self.kill()
+            elif time.monotonic() > deadline:
+                logger.error("%s did not stop within %.0f s and is killed", self.name, grace_s)
+                self.kill()
+            time.sleep(_TICK_S / 5)
 
     def kill(self) -> None:
         """Kill it and everything in its session."""
@@ -164,8 +167,10 @@ class Supervisor:
             raise ServeError(f"the data folder {data_dir} cannot be made: {error.strerror}") from error
         with _lock(data_dir / "server.lock"), _listen(settings.host, settings.port) as listener:
             migrate(self._database)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._on_stop_signal)
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else `nohup` asked us to outlive the terminal
+                signal.signal(signal.SIGHUP, self._on_stop_signal)
             scratch: Path | None = None
             if settings.redis_url is None:
                 scratch = _socket_folder(data_dir)
@@ -233,16 +238,11 @@ class Supervisor:
             _say("MedSora Server is stopping")
         # API first: no new jobs. Redis last: the worker still hands its job back through it.
         for child in reversed(self._children):
-            if self._stop_requests > 1:
-                child.kill()
-            else:
-                child.stop(self._settings.stop_grace_s)
+            child.stop(self._settings.stop_grace_s, is_urgent=lambda: self._stop_requests > 1)
 
     def _on_stop_signal(self, *_: object) -> None:
+        # Only counted: this may run in the middle of waiting for a child, which cannot be waited for twice at once.
         self._stop_requests += 1
-        if self._stop_requests > 1:
-            for child in self._children:
-                child.kill()
 
 
 def _python_path() -> str:
@@ -332,13 +332,20 @@ def _die_with_parent(parent: int) -> Callable[[], None]:
 
 
 def _is_ready(address: str) -> bool:
+    # We ask ourselves: a proxy of the environment is for other addresses.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(f"{address}/health/ready", timeout=2.0) as answer:
+        with opener.open(f"{address}/health/ready", timeout=2.0) as answer:
             return bool(answer.status == 200)
     except (OSError, urllib.error.URLError):
         return False
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    try:
+        print(text, flush=True)
+    except OSError:
+        # The terminal or pipe is gone, which must not stop the server, nor its orderly end. What the stream still
+        # holds would fail once more at our exit: let it go nowhere.
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -57,14 +57,23 @@ class RunningServer:
         data_dir: Its data folder.
         checkpoint: The only one it serves.
         expect_ready: Wait until it says that it can generate.
+        prefix: Program that starts it, such as nohup.
     """
 
-    def __init__(self, data_dir: Path, checkpoint: Path, *, expect_ready: bool = True, **variables: str) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        checkpoint: Path,
+        *,
+        expect_ready: bool = True,
+        prefix: Sequence[str] = (),
+        **variables: str,
+    ) -> None:
         self.data_dir = data_dir
         self.variables = {**FAST, "MEDSORA_CHECKPOINTS": str(checkpoint), **variables}
         clean = {name: value for name, value in os.environ.items() if not name.startswith("MEDSORA_")}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--data-dir", str(data_dir)],
+            [*prefix, sys.executable, "-m", "server.cli", "serve", "--port", "0", "--data-dir", str(data_dir)],
             cwd=Path(__file__).parents[2],
             env={**clean, **self.variables, "MEDSORA_DATA_DIR": str(data_dir)},
             stdout=subprocess.PIPE,
@@ -72,9 +81,16 @@ class RunningServer:
             text=True,
         )
         self.lines: list[str] = []
+        self._is_deaf = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        first = wait_until(lambda: self.said("listens on"), timeout_s=60, what="address of the server")
+        try:
+            first = self._wait_for_line("listens on", timeout_s=60)
+            if expect_ready:
+                self._wait_for_line("is ready", timeout_s=90)
+        except BaseException:
+            self.process.terminate()
+            raise
         match = re.search(r"http://\S+/v1", first)
         assert match is not None
         self.url = match.group()
@@ -83,8 +99,6 @@ class RunningServer:
         self.database = Database(f"sqlite:///{data_dir / 'medsora.db'}")
         self.repository = JobRepository(self.database, lease_s=3.0, max_attempts=3)
         self.store = ArtifactStore(data_dir / "artifacts")
-        if expect_ready:
-            wait_until(lambda: self.said("is ready"), timeout_s=90, what="readiness")
 
     wait_until = staticmethod(wait_until)
 
@@ -92,12 +106,27 @@ class RunningServer:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.lines.append(line.rstrip())
+            if self._is_deaf.is_set():
+                break
+        self.process.stdout.close()
+
+    def stop_listening(self) -> None:
+        """Close our end of its output at the next line: whatever it says after that fails."""
+        self._is_deaf.set()
+
+    def has_nobody_listening(self) -> bool:
+        """Whether the output is closed."""
+        return not self._reader.is_alive()
 
     def said(self, text: str) -> str:
         """The first line of output with this text, or an empty string."""
         if self.process.poll() is not None and text not in "\n".join(self.lines):
             raise AssertionError("the server has ended:\n" + "\n".join(self.lines[-40:]))
         return next((line for line in self.lines if text in line), "")
+
+    def _wait_for_line(self, text: str, *, timeout_s: float) -> str:
+        told = lambda: "\n".join([f"a line with {text!r}; what it said:", *self.lines[-40:]])  # noqa: E731
+        return wait_until(lambda: self.said(text), timeout_s=timeout_s, what=told)
 
     def submit(self, *, steps: int = 4, seed: int = 0, prompt: str = "covid lung") -> str:
         """Ask for a video; returns its id."""
@@ -194,8 +223,6 @@ class RunningServer:
         """Wait for its end, and close everything that looked at it."""
         code = self.process.wait(60)
         self._reader.join(10)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
         self.http.close()
         self.client.close()
         self.database.close()

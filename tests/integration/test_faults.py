@@ -198,22 +198,26 @@ def test_stop_hands_back_the_job_and_the_next_start_finishes_it(start_server: "S
     again.wait_for_exit()
 
 
-def test_altered_checkpoint(start_server: "StartServer", tiny_checkpoint: Path, tmp_path: Path) -> None:
-    altered = tmp_path / "altered"
-    shutil.copytree(tiny_checkpoint, altered)
-    weights = altered / "denoiser.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    server = start_server(checkpoint=altered, expect_ready=False)
-    job = server.wait_for(server.submit(), "succeeded", "failed")
-    assert (job.status.value, job.error_code) == ("failed", "checkpoint_invalid")
-    assert job.error_message is not None
-    assert "denoiser.safetensors" in job.error_message
+def test_truncated_or_altered_checkpoint(start_server: "StartServer", tiny_checkpoint: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny_checkpoint, damaged)
+    weights = damaged / "denoiser.safetensors"
+    content = weights.read_bytes()
+    truncated, altered = content[:-1], content[:-1] + bytes([content[-1] ^ 1])
+    weights.write_bytes(truncated)
+    server = start_server(checkpoint=damaged, expect_ready=False)
+    for damage in (truncated, altered):
+        weights.write_bytes(damage)
+        job = server.wait_for(server.submit(), "succeeded", "failed")
+        assert (job.status.value, job.error_code) == ("failed", "checkpoint_invalid")
+        assert job.error_message is not None
+        assert "denoiser.safetensors" in job.error_message
+        assert str(tmp_path) not in job.error_message
     ready = server.http.get("/health/ready")
     assert ready.status_code == 503
     assert "denoiser.safetensors" in ready.json()["checks"]["worker"]["reason"]
+    assert str(tmp_path) not in ready.text
     assert server.files() == []
-    shutil.copy(tiny_checkpoint / "denoiser.safetensors", weights)
+    weights.write_bytes(content)
     assert server.wait_for(server.submit(), "succeeded", "failed").status.value == "succeeded"
     server.wait_ready()

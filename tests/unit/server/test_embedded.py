@@ -1,11 +1,14 @@
 """The supervisor's parts: the lock, the port, the broker's program, children that die."""
 
+import http.server
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -75,25 +78,95 @@ def test_missing_checkpoint_is_told_before_anything_starts(tmp_path: Path) -> No
     assert not (tmp_path / "data").exists()
 
 
-def test_child_that_dies_is_started_again_after_a_growing_pause(tmp_path: Path) -> None:
-    log = tmp_path / "starts"
-    child = embedded._Child("test", ["/bin/sh", "-c", f"echo x >> {log}; exit 3"], {})
+def test_child_that_dies_is_started_again_after_a_growing_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    monkeypatch.setattr(embedded, "time", SimpleNamespace(monotonic=lambda: now_s))
+    child = embedded._Child("test", ["/bin/sh", "-c", "exit 3"], {})
     child.start()
-    began = time.monotonic()
-    while time.monotonic() - began < 1.1:
+    pauses_s = []
+    for _ in range(8):
+        assert child._process is not None
+        child._process.wait()
+        child.keep_running()  # notices the end
+        pauses_s.append(child._start_at - now_s)
+        now_s = child._start_at - 0.001
         child.keep_running()
-        time.sleep(0.01)
-    child.stop(1.0)
-    assert log.read_text().count("x") == 3  # at 0, 0.2 and 0.6 s; the next one only at 1.4 s
+        assert child._process is None, "started too early"
+        now_s = child._start_at
+        child.keep_running()
+    assert pauses_s == pytest.approx([0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0])
+    now_s += 60.0  # steady for a while: the next pause is short again
+    assert child._process is not None
+    child._process.wait()
+    child.keep_running()
+    assert child._start_at - now_s == pytest.approx(0.2)
 
 
-def test_child_that_will_not_stop_is_killed() -> None:
-    child = embedded._Child("test", ["/bin/sh", "-c", "trap '' TERM; while :; do sleep 0.1; done"], {})
+def start_stubborn_child(tmp_path: Path) -> embedded._Child:
+    """A child that overlooks SIGTERM from now on."""
+    ready = tmp_path / "ready"
+    script = f"trap '' TERM; : > {ready}; while :; do sleep 0.1; done"
+    child = embedded._Child("test", ["/bin/sh", "-c", script], {"PATH": os.environ["PATH"]})
     child.start()
-    time.sleep(0.2)
+    deadline = time.monotonic() + 20
+    while not ready.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return child
+
+
+def test_child_that_will_not_stop_is_killed(tmp_path: Path) -> None:
+    child = start_stubborn_child(tmp_path)
     began = time.monotonic()
     child.stop(0.3)
-    assert 0.3 <= time.monotonic() - began < 2.0
+    assert time.monotonic() - began >= 0.3
+    assert child._process is not None
+    assert child._process.returncode == -9
+
+
+def test_second_signal_kills_at_once(tmp_path: Path) -> None:
+    supervisor = Supervisor(Settings(data_dir=tmp_path, stop_grace_s=600.0))
+    supervisor._children.append(start_stubborn_child(tmp_path))
+    second = threading.Timer(0.2, supervisor._on_stop_signal)
+    supervisor._on_stop_signal()
+    second.start()
+    began = time.monotonic()
+    supervisor._stop_all()
+    assert time.monotonic() - began < 60.0
+    assert supervisor._children[0]._process is not None
+    assert supervisor._children[0]._process.returncode == -9
+    second.join()
+
+
+def test_readiness_is_asked_of_ourselves_and_not_of_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ready(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/health/ready" else 404)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # nothing answers there
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ready) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert embedded._is_ready(f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+
+
+def test_output_that_nobody_reads_any_more_is_no_error() -> None:
+    code = "import sys; from server.embedded import _say; sys.stdin.read(1); _say('one'); _say('two')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[3]
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdin.close()
+    assert process.wait(30) == 0
+    closed = ["sh", "-c", 'exec "$0" -c "from server.embedded import _say; _say(1)" >&-', sys.executable]
+    assert subprocess.run(closed, check=False, cwd=Path(__file__).parents[3]).returncode == 0
 
 
 def test_kernel_kills_the_children_of_a_killed_supervisor(tmp_path: Path) -> None:
