@@ -80,10 +80,11 @@ class Settings(BaseSettings):
         15.0, gt=0.0, le=600.0, description="Seconds between renewals of a lease, at least twice a lease."
     )
     progress_interval_s: float = Field(
-        0.1,
+        0.02,
         ge=0.0,
         le=10.0,
-        description="Least seconds between two writes of progress; steps that take longer are each written.",
+        description="Least seconds between two writes of progress, which also ask whether the job was cancelled; "
+        "steps that take longer are each written.",
     )
     reaper_interval_s: float = Field(5.0, gt=0.0, le=300.0, description="Seconds between two sweeps of the reaper.")
     publish_grace_s: float = Field(
