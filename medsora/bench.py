@@ -87,7 +87,7 @@ def preset_pipeline(name: str, *, device: str = "auto", dtype: str = "auto", bac
     config = preset(name, {"finding": ("first", "second")})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        autoencoder, denoiser = VideoAutoencoder(config.autoencoder), Denoiser(config.denoiser)
+        autoencoder, denoiser = VideoAutoencoder(config.require_autoencoder()), Denoiser(config.denoiser)
         # no zeros, which an untrained denoiser is full of: products of zeros draw less power, and clocks rise
         for parameter in denoiser.parameters():
             if parameter.dim() > 1:
@@ -231,7 +231,7 @@ def measure(
         spatial_backend=_backend_of(pipeline, latent[0] * columns, 2 * batch * rows),
         temporal_backend=_backend_of(pipeline, latent[0], config.denoiser.temporal_directions * batch * rows * columns),
         step_flops=denoiser_flops(config.denoiser, latent, batch=batch),
-        decode_flops=decoder_flops(config.autoencoder, latent, batch=batch),
+        decode_flops=decoder_flops(config.require_autoencoder(), latent, batch=batch),
     )
     try:
         times = _timed(pipeline, counted, latent, rate=rate, repeats=repeats)

@@ -1,4 +1,4 @@
-"""Checkpoint directories: config.json, autoencoder.safetensors, denoiser.safetensors, manifest.json.
+"""Checkpoint directories: config.json, autoencoder.safetensors (may be left out), denoiser.safetensors, manifest.json.
 
 Weights are data, never code: safetensors and JSON only. Before any tensor is made, a file's size and hash are
 compared with the manifest and its header is bounded; after, keys and shapes must be the network's own, and
@@ -40,7 +40,6 @@ from medsora.presets import preset
 
 __all__ = ["LoadedCheckpoint", "load_checkpoint", "save_checkpoint", "write_tiny_checkpoint"]
 
-WEIGHT_FILES = CHECKED_FILES[1:]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_WEIGHT_BYTES = 16 * 2**30
 
@@ -51,7 +50,8 @@ class LoadedCheckpoint:
 
     config: ModelConfig
     manifest: Manifest
-    autoencoder: VideoAutoencoder
+    autoencoder: VideoAutoencoder | None
+    """None: the checkpoint is a denoiser alone, which makes latents and no video."""
     denoiser: Denoiser
 
 
@@ -59,7 +59,7 @@ def save_checkpoint(
     directory: str | Path,
     *,
     config: ModelConfig,
-    autoencoder: Mapping[str, Tensor],
+    autoencoder: Mapping[str, Tensor] | None,
     denoiser: Mapping[str, Tensor],
     manifest: Manifest,
     dtype: str = "float16",
@@ -69,7 +69,7 @@ def save_checkpoint(
     To replace a checkpoint that is in use, write to a new directory and rename that.
 
     Args:
-        autoencoder: State dict of a :class:`VideoAutoencoder` of ``config.autoencoder``.
+        autoencoder: State dict of a :class:`VideoAutoencoder` of ``config.autoencoder``; None where that is None.
         denoiser: State dict of a :class:`Denoiser` of ``config.denoiser``.
         manifest: Its ``files`` are replaced by what was written.
         dtype: Of the stored floating-point weights, a torch name. float16 keeps 11 bits, bfloat16 only 8.
@@ -78,16 +78,23 @@ def save_checkpoint(
         The manifest as written.
 
     Raises:
-        CheckpointError: Labels do not fit the configuration, or a weight does not fit ``dtype``.
+        CheckpointError: Labels do not fit the configuration, a weight does not fit ``dtype``, or an autoencoder is
+            configured and not given, or the other way round.
     """
     target = Path(directory)
+    if (autoencoder is None) != (config.autoencoder is None):
+        given, configured = autoencoder is not None, config.autoencoder is not None
+        raise CheckpointError(f"{target}: autoencoder is given: {given}, in the configuration: {configured}")
     try:
         _check_manifest(config, manifest)
     except ValueError as error:
         raise CheckpointError(f"{target}: {error}") from error
     target.mkdir(parents=True, exist_ok=True)
     _write_whole(target / "config.json", _json_bytes(config_to_json(config)))
-    for name, state in zip(WEIGHT_FILES, (autoencoder, denoiser), strict=True):
+    states = {"denoiser.safetensors": denoiser}
+    if autoencoder is not None:
+        states["autoencoder.safetensors"] = autoencoder
+    for name, state in states.items():
         tensors = {key: _stored(key, value, dtype) for key, value in state.items()}
         with tempfile.TemporaryDirectory(dir=target) as scratch:
             path = Path(scratch) / name
@@ -99,6 +106,7 @@ def save_checkpoint(
     records = {
         name: FileRecord(sha256=sha256_of(target / name), size_bytes=(target / name).stat().st_size)
         for name in CHECKED_FILES
+        if name == "config.json" or name in states
     }
     written = replace(manifest, files=records)
     _write_whole(target / "manifest.json", _json_bytes(to_json(written)))
@@ -114,19 +122,24 @@ def load_checkpoint(directory: str | Path) -> LoadedCheckpoint:
     source = Path(directory)
     manifest = read_manifest(source)
     # read once, then hashed and parsed from memory: a file changed meanwhile changes nothing here
-    contents = {name: _read_checked(source / name, manifest.files[name]) for name in CHECKED_FILES}
+    contents = {name: _read_checked(source / name, manifest.files[name]) for name in manifest.files}
     try:
         config_path = source / "config.json"
         config = config_from_json(parse_json(contents["config.json"], name=str(config_path)))
         _check_manifest(config, manifest)
+        if manifest.has_autoencoder != (config.autoencoder is not None):
+            listed, configured = manifest.has_autoencoder, config.autoencoder is not None
+            raise ValueError(f"an autoencoder is in the manifest's files: {listed}, in config.json: {configured}")
         # meta: shapes without memory or random numbers; the file's tensors become the weights
         with torch.device("meta"):
-            autoencoder, denoiser = VideoAutoencoder(config.autoencoder), Denoiser(config.denoiser)
+            autoencoder = None if config.autoencoder is None else VideoAutoencoder(config.autoencoder).eval()
+            denoiser = Denoiser(config.denoiser).eval()
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"{source}: {error}") from error
-    for name, module in zip(WEIGHT_FILES, (autoencoder, denoiser), strict=True):
-        _load_weights(contents[name], module, name=str(source / name))
-    return LoadedCheckpoint(config, manifest, autoencoder.eval(), denoiser.eval())
+    for name, module in (("autoencoder.safetensors", autoencoder), ("denoiser.safetensors", denoiser)):
+        if module is not None:
+            _load_weights(contents[name], module, name=str(source / name))
+    return LoadedCheckpoint(config, manifest, autoencoder, denoiser)
 
 
 def _check_manifest(config: ModelConfig, manifest: Manifest) -> None:
@@ -214,7 +227,7 @@ def write_tiny_checkpoint(directory: str | Path, *, seed: int = 0) -> Path:
     config = preset("tiny", {"finding": ("regular", "covid"), "probe": ("convex",)})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        autoencoder, denoiser = VideoAutoencoder(config.autoencoder), Denoiser(config.denoiser)
+        autoencoder, denoiser = VideoAutoencoder(config.require_autoencoder()), Denoiser(config.denoiser)
         # an untrained denoiser predicts exactly nothing (adaLN-Zero); random weights make the output depend on all
         for parameter in denoiser.parameters():
             if parameter.dim() > 1:

@@ -140,17 +140,19 @@ class DenoiserConfig:
 class ModelConfig:
     """Both networks and the words of their conditions."""
 
-    autoencoder: AutoencoderConfig
+    autoencoder: AutoencoderConfig | None
+    """None: the denoiser alone, which makes latents and no video."""
     denoiser: DenoiserConfig
     condition_names: dict[str, tuple[str, ...]]
     """Values of each condition by name, in the order of ``denoiser.condition_sizes``."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.autoencoder.latent_channels == self.denoiser.in_channels,
-            f"the autoencoder has {self.autoencoder.latent_channels} latent channels, "
-            f"the denoiser takes {self.denoiser.in_channels}",
-        )
+        if self.autoencoder is not None:
+            _require(
+                self.autoencoder.latent_channels == self.denoiser.in_channels,
+                f"the autoencoder has {self.autoencoder.latent_channels} latent channels, "
+                f"the denoiser takes {self.denoiser.in_channels}",
+            )
         for name, values in self.condition_names.items():
             _require(len(set(values)) == len(values), f"condition_names.{name} has a value twice: {values}")
         sizes = tuple(len(values) for values in self.condition_names.values())
@@ -158,6 +160,16 @@ class ModelConfig:
             sizes == self.denoiser.condition_sizes,
             f"condition_names have {sizes} values, condition_sizes are {self.denoiser.condition_sizes}",
         )
+
+    def require_autoencoder(self) -> AutoencoderConfig:
+        """The autoencoder's shape, where there must be one.
+
+        Raises:
+            ValueError: The model is a denoiser alone.
+        """
+        if self.autoencoder is None:
+            raise ValueError("the model has no autoencoder, and makes latents, not video")
+        return self.autoencoder
 
     def condition_indices(self, condition: dict[str, str]) -> tuple[int, ...]:
         """Class indices of a condition given in words, e.g. ``{"finding": "covid", "probe": "convex"}``.

@@ -30,7 +30,7 @@ __all__ = [
 
 FORMAT_VERSION = 1
 CHECKED_FILES = ("config.json", "autoencoder.safetensors", "denoiser.safetensors")
-"""What a checkpoint holds beside its manifest; the manifest has size and hash of each."""
+"""What a checkpoint holds beside its manifest, which has size and hash of each. The autoencoder may be left out."""
 SHIPPED = Path(__file__).parent / "checkpoints"
 MAX_JSON_BYTES = 4 * 2**20
 
@@ -122,6 +122,11 @@ class Manifest:
         """Names of all labels, in the checkpoint's order."""
         return tuple(label.name for label in self.labels)
 
+    @property
+    def has_autoencoder(self) -> bool:
+        """Whether the checkpoint makes video; without an autoencoder it makes latents."""
+        return "autoencoder.safetensors" in self.files
+
     def seconds_for(self, num_frames: int) -> str:
         """Length of a clip in seconds as the API writes it: ``"2"``, or ``"1.6"`` where it is no whole number."""
         return f"{num_frames / self.limits.fps:.3f}".rstrip("0").rstrip(".")
@@ -189,9 +194,9 @@ def read_manifest(directory: str | Path) -> Manifest:
         manifest = from_json(Manifest, value, where="manifest.json")
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    if set(manifest.files) != set(CHECKED_FILES):
+    if set(manifest.files) | {"autoencoder.safetensors"} != set(CHECKED_FILES):
         raise CheckpointError(
-            f"{path} must list exactly {', '.join(CHECKED_FILES)}; "
+            f"{path} must list exactly {', '.join(CHECKED_FILES)} (the autoencoder may be left out); "
             f"it lists {', '.join(sorted(manifest.files)) or 'nothing'}"
         )
     return manifest

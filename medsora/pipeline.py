@@ -42,6 +42,11 @@ class VideoPipeline:
     """
 
     def __init__(self, checkpoint: LoadedCheckpoint, *, device: torch.device, dtype: torch.dtype, backend: str) -> None:
+        if checkpoint.autoencoder is None:
+            raise CheckpointError(
+                f"{checkpoint.manifest.name} has no autoencoder, and makes latents, not video: "
+                "give it one with `medsora import-released --autoencoder`"
+            )
         self.manifest: Manifest = checkpoint.manifest
         self.config = checkpoint.config
         self.device, self.dtype, self.backend = device, dtype, backend
@@ -132,7 +137,7 @@ class VideoPipeline:
     ) -> Float[Tensor, "b c f h w"]:
         first = requests[0]
         latent = latent_shape(first.num_frames, first.height, first.width)
-        shape = (self.config.autoencoder.latent_channels, *latent)
+        shape = (self.config.denoiser.in_channels, *latent)
         noise = torch.stack([initial_noise(request.seed, shape) for request in requests])
         conditions = {label.name: label.condition for label in self.manifest.labels}
         indices = [self.config.condition_indices(conditions[request.label]) for request in requests]

@@ -47,12 +47,14 @@ class Catalogue:
         """Read the manifests of the given checkpoints (shipped names, or directories).
 
         Raises:
-            CheckpointError: One is missing or damaged, or two have the same name.
+            CheckpointError: One is missing or damaged, has no autoencoder, or two have the same name.
         """
         checkpoints = []
         for name in names_or_paths:
             directory = find_checkpoint(name)
             manifest = read_manifest(directory)
+            if not manifest.has_autoencoder:
+                raise CheckpointError(f"{directory} has no autoencoder: it makes latents, and no video to serve")
             path = directory / "manifest.json"
             checkpoints.append(
                 ServedCheckpoint(

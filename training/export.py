@@ -137,6 +137,8 @@ def _autoencoder(path: Path) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
     """Weights, hash of their file, and how they were trained; of a run or of an earlier checkpoint."""
     if (path / "manifest.json").is_file():
         loaded = load_checkpoint(path)
+        if loaded.autoencoder is None:
+            raise TrainingError(f"{path} is a checkpoint without an autoencoder")
         weights = {key: value.half() if value.is_floating_point() else value
                    for key, value in loaded.autoencoder.state_dict().items()}  # fmt: skip
         summary = loaded.manifest.training.get("autoencoder", {})
@@ -148,6 +150,7 @@ def _autoencoder(path: Path) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
 def _verify(directory: Path, autoencoder: dict[str, Tensor], denoiser: dict[str, Tensor]) -> None:
     loaded = load_checkpoint(directory)
     for module, weights in ((loaded.autoencoder, autoencoder), (loaded.denoiser, denoiser)):
+        assert module is not None  # save_checkpoint was given both
         for name, value in module.state_dict().items():
             if not torch.equal(value, weights[name].to(value.dtype)):
                 raise TrainingError(f"weight {name} is not the same after saving and loading")

@@ -107,7 +107,7 @@ def train_autoencoder(
     splits = {name: load_split(table, config.data, config.model, name, device=device) for name in ("train", "test")}
     _report_splits(splits, report)
     torch.manual_seed(step_seed(config.loop.seed, -1))
-    model = VideoAutoencoder(config.model.autoencoder).to(device)
+    model = VideoAutoencoder(config.model.require_autoencoder()).to(device)
     _start_from(model, initial)
     task = AutoencoderTask(config, model, splits["train"], splits["test"], squeezenet)
     result = train(
@@ -183,11 +183,14 @@ def load_autoencoder(path: Path) -> tuple[VideoAutoencoder, str]:
     """The autoencoder of a run folder or of a checkpoint directory, and the hash of its weight file."""
     if (path / RESULT).is_dir():
         made = load_result(path, part="autoencoder")
-        coder = VideoAutoencoder(made.config.model.autoencoder)
+        coder = VideoAutoencoder(made.config.model.require_autoencoder())
         coder.load_state_dict(made.weights)
         return coder.eval(), sha256_of(path / RESULT / "weights.safetensors")
     if (path / "manifest.json").is_file():
-        return load_checkpoint(path).autoencoder, sha256_of(path / "autoencoder.safetensors")
+        loaded = load_checkpoint(path).autoencoder
+        if loaded is None:
+            raise TrainingError(f"{path} is a checkpoint without an autoencoder")
+        return loaded, sha256_of(path / "autoencoder.safetensors")
     raise TrainingError(f"{path} is neither the folder of an autoencoder run (no {RESULT}/) nor a checkpoint")
 
 

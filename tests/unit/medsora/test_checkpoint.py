@@ -74,6 +74,55 @@ def test_half_precision_storage_is_loaded_as_float32(original: Path, tmp_path: P
     assert names == {"config.json", "manifest.json", "autoencoder.safetensors", "denoiser.safetensors"}
 
 
+def save_alone(original: Path, directory: Path) -> Path:
+    """The denoiser of a checkpoint without its autoencoder."""
+    loaded = load_checkpoint(original)
+    save_checkpoint(
+        directory,
+        config=replace(loaded.config, autoencoder=None),
+        autoencoder=None,
+        denoiser=loaded.denoiser.state_dict(),
+        manifest=loaded.manifest,
+    )
+    return directory
+
+
+def test_a_checkpoint_may_be_a_denoiser_alone(original: Path, tmp_path: Path) -> None:
+    directory = save_alone(original, tmp_path / "alone")
+    assert {path.name for path in directory.iterdir()} == {"config.json", "manifest.json", "denoiser.safetensors"}
+    loaded = load_checkpoint(directory)
+    assert loaded.autoencoder is None
+    assert loaded.config.autoencoder is None
+    assert not loaded.manifest.has_autoencoder
+    assert load_checkpoint(original).manifest.has_autoencoder
+    with pytest.raises(ValueError, match="no autoencoder, and makes latents"):
+        loaded.config.require_autoencoder()
+
+
+def test_autoencoder_in_the_manifest_and_not_in_the_configuration_is_refused(original: Path, tmp_path: Path) -> None:
+    alone = save_alone(original, tmp_path / "alone")
+    shutil.copy(alone / "config.json", Path(shutil.copytree(original, tmp_path / "both")) / "config.json")
+    reseal(tmp_path / "both", "config.json")
+    with pytest.raises(CheckpointError, match=r"in the manifest's files: True, in config\.json: False"):
+        load_checkpoint(tmp_path / "both")
+    shutil.copy(original / "config.json", alone / "config.json")
+    reseal(alone, "config.json")
+    with pytest.raises(CheckpointError, match=r"in the manifest's files: False, in config\.json: True"):
+        load_checkpoint(alone)
+
+
+def test_an_autoencoder_is_saved_where_it_is_configured_and_nowhere_else(original: Path, tmp_path: Path) -> None:
+    loaded = load_checkpoint(original)
+    denoiser, manifest = loaded.denoiser.state_dict(), loaded.manifest
+    with pytest.raises(CheckpointError, match="autoencoder is given: False, in the configuration: True"):
+        save_checkpoint(tmp_path, config=loaded.config, autoencoder=None, denoiser=denoiser, manifest=manifest)
+    assert loaded.autoencoder is not None
+    alone, weights = replace(loaded.config, autoencoder=None), loaded.autoencoder.state_dict()
+    with pytest.raises(CheckpointError, match="autoencoder is given: True, in the configuration: False"):
+        save_checkpoint(tmp_path, config=alone, autoencoder=weights, denoiser=denoiser, manifest=manifest)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_same_weights_give_the_same_bytes(tmp_path: Path) -> None:
     first, second = write_tiny_checkpoint(tmp_path / "a"), write_tiny_checkpoint(tmp_path / "b")
     assert read_manifest(first) == read_manifest(second)
@@ -122,7 +171,10 @@ def test_a_missing_file_is_named(copy: Path, name: str) -> None:
         (lambda m: m["labels"][0].update(synonyms=["++"]), "is empty"),
         (lambda m: m["labels"].append(m["labels"][0]), "must have different names"),
         (lambda m: m["limits"].update(fps=10**400), "fps must be a finite number"),
-        (lambda m: m["limits"].update(samplers=["ddim"]), "cannot use a predicted velocity: ddim; those that can: euler, heun"),
+        (
+            lambda m: m["limits"].update(samplers=["ddim"]),
+            "cannot use a predicted velocity: ddim; those that can: euler",
+        ),
         (lambda m: m["limits"].update(num_frames=[12]), "limits allow 12 frames of 32x32, which cannot be coded"),
         (lambda m: m["limits"].update(sizes=[[32, 40]]), "limits allow 16 frames of 32x40, which cannot be coded"),
         (lambda m: m.update(description="\x1b[2J"), "control characters in"),
@@ -146,7 +198,10 @@ def test_a_manifest_that_does_not_fit_is_refused(copy: Path, change: Callable[[A
         (lambda c: c["denoiser"].update(prediction="data"), "prediction must be one of"),
         (lambda c: c["denoiser"].update(prediction="noise"), "out_channels must be 8 to predict noise of 4 channels"),
         (lambda c: c["denoiser"].update(out_channels=8), "out_channels must be 4 to predict velocity of 4 channels"),
-        (lambda c: c["denoiser"].update(prediction="noise", out_channels=8), "cannot use a predicted noise: euler, heun"),
+        (
+            lambda c: c["denoiser"].update(prediction="noise", out_channels=8),
+            "cannot use a predicted noise: euler, heun",
+        ),
         (lambda c: c["condition_names"].update(probe=["convex", "convex"]), "probe has a value twice"),
         (lambda c: c["autoencoder"].update(latent_channels=5), "the denoiser takes 4"),
         (lambda c: c.pop("autoencoder"), "lacks keys: autoencoder"),
