@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from medsora.config import SAMPLERS_OF, ModelConfig, config_from_json, config_to_json
 from medsora.errors import CheckpointError
 from medsora.files import parse_weight_header, read_bounded, sha256_of
-from medsora.geometry import is_valid_video_shape
+from medsora.geometry import SPATIAL_STRIDE, is_valid_video_shape
 from medsora.jsonconfig import to_json
 from medsora.manifest import (
     CHECKED_FILES,
@@ -154,6 +154,10 @@ def _check_manifest(config: ModelConfig, manifest: Manifest) -> None:
         for width, height in limits.sizes:
             if not is_valid_video_shape(num_frames, height, width, patch_size=patch_size):
                 raise ValueError(f"limits allow {num_frames} frames of {width}x{height}, which cannot be coded")
+    grid, pixels = config.denoiser.position_grid, SPATIAL_STRIDE * patch_size
+    if grid is not None and any((height // pixels, width // pixels) != grid for width, height in limits.sizes):
+        only = f"{grid[1] * pixels}x{grid[0] * pixels}"
+        raise ValueError(f"limits allow sizes {limits.sizes}; positions are stored for {only} alone")
     prediction = config.denoiser.prediction
     unfit = [name for name in limits.samplers if name not in SAMPLERS_OF[prediction]]
     if unfit:

@@ -1,6 +1,6 @@
 """The ``medsora`` command: generate a clip here, without a server, show what a checkpoint is, and measure speed.
 
-Torch is loaded by ``generate`` and ``bench`` alone, so that ``info`` and ``--help`` answer at once.
+Torch is loaded by ``generate``, ``bench`` and ``import-released`` alone: ``info`` and ``--help`` answer at once.
 """
 
 from __future__ import annotations
@@ -266,8 +266,9 @@ def _print_manifest(
     # markup off: names in a checkpoint are data, and may hold square brackets
     console = Console(markup=False, highlight=False)
     about = [(name.replace("_", " "), getattr(manifest, name)) for name in ABOUT_FIELDS]
+    makes = "video" if manifest.has_autoencoder else "latents only: it has no autoencoder"
     sections = {
-        manifest.name: _pairs_table([*about, ("directory", str(directory))]),
+        manifest.name: _pairs_table([*about, ("makes", makes), ("directory", str(directory))]),
         "labels": _labels_table(manifest),
         "limits": _limits_table(manifest),
         "files": _files_table(files),
@@ -345,6 +346,38 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield f"{prefix}{name}", f"{value:g}"
         else:
             yield f"{prefix}{name}", str(value)
+
+
+@app.command("import-released")
+def import_released(
+    source: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint file of the authors' released code.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write; must not exist.")],
+    weights: Annotated[str, typer.Option(help="ema: their moving average, as the released sampler; or model.")] = "ema",
+    autoencoder: Annotated[
+        str | None, typer.Option(help="A checkpoint whose autoencoder to take. Default: none, so latents only.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="Of the new checkpoint.")] = "medsora-released",
+    label: Annotated[str, typer.Option(help="Name of the one thing that can be asked for.")] = "unconditional",
+    fps: Annotated[float, typer.Option(help="Frames a second that the denoiser was trained at.")] = 6.0,
+) -> None:
+    """Convert weights of the authors' released MedSora code to a checkpoint directory."""
+    with _errors_as_one_line():
+        try:
+            from medsora.released import import_released as convert
+        except ModuleNotFoundError as error:
+            raise MedsoraError(f"importing needs the package {error.name}: pip install 'medsora[model]'") from error
+        manifest = convert(source, output, weights=weights, autoencoder=autoencoder, name=name, label=label, fps=fps)
+        files = {name: _describe_file(output, manifest, name) for name in sorted(manifest.files)}
+        _print_manifest(manifest, output, files, training_data=False)
+        if manifest.has_autoencoder:
+            note = (
+                "The autoencoder's latent space must be the one that the denoiser was trained in (the released "
+                "denoisers': the authors' CogVideoX autoencoder with frequency compensation). Nothing here can check "
+                "that; of another space the videos are meaningless."
+            )
+        else:
+            note = "There is no autoencoder: this checkpoint gives latents, no video, until --autoencoder names one."
+        Console(soft_wrap=True, highlight=False).print(f"\n{note}")
 
 
 @app.command()

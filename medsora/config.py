@@ -72,6 +72,8 @@ class DenoiserConfig:
     """``spiral``, or ``released`` for the released code's inverted gather."""
     local_positions: str = "relative"
     """Of local attention: ``relative``, or ``released`` for the released code's queries, turned one window too far."""
+    position_grid: tuple[int, int] | None = None
+    """Rows and columns of patches for which the fixed position embedding is stored; None computes it, for any grid."""
     modulation_rank: int | None = None
     """Rank of adaLN's projection; None is the paper's full matrix."""
     condition_sizes: tuple[int, ...] = ()
@@ -114,6 +116,10 @@ class DenoiserConfig:
         _require(
             self.local_positions in LOCAL_POSITIONS,
             f"local_positions must be one of {LOCAL_POSITIONS}, got {self.local_positions!r}",
+        )
+        _require(
+            self.position_grid is None or all(1 <= size <= 256 for size in self.position_grid),
+            f"position_grid must be None or two of 1 to 256, got {self.position_grid}",
         )
         _require(
             self.modulation_rank is None or 1 <= self.modulation_rank <= 8192,

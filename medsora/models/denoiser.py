@@ -97,11 +97,16 @@ class Block(nn.Module):
 class Denoiser(nn.Module):
     """The whole network. ``backend`` names the SSD operator's back end (see :mod:`medsora.ops.ssd`)."""
 
+    positions: Tensor | None
+
     def __init__(self, config: DenoiserConfig, *, backend: str = "auto") -> None:
         super().__init__()
         self.config, self.backend = config, backend
         size, patch = config.hidden_size, config.patch_size
         self.patch_in = nn.Linear(config.in_channels * patch**2, size)
+        # the moving average of released weights went over the fixed positions too, and changed them slightly
+        grid = config.position_grid
+        self.register_buffer("positions", None if grid is None else grid_positions(torch.empty(1, 1, *grid, size)))
         self.time_in, self.time_out = nn.Linear(TIME_FEATURES, size), nn.Linear(size, size)
         self.conditions = nn.ModuleList(nn.Embedding(classes + 1, size) for classes in config.condition_sizes)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
@@ -109,6 +114,17 @@ class Denoiser(nn.Module):
         self.modulation_out = Modulation(size, 2, config.modulation_rank)
         self.patch_out = nn.Linear(size, config.out_channels * patch**2)
         self._initialise()
+
+    def _positions_of(self, x: Float[Tensor, "b f h w d"]) -> Float[Tensor, "h w d"]:
+        stored = self.positions
+        if stored is None:
+            return grid_positions(x)
+        if stored.shape != x.shape[2:]:
+            raise ValueError(
+                f"latents must have {stored.shape[0]} x {stored.shape[1]} patches, whose positions are stored; "
+                f"got {x.shape[2]} x {x.shape[3]}"
+            )
+        return stored
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -142,7 +158,7 @@ class Denoiser(nn.Module):
         """
         patch = self.config.patch_size
         x: Tensor = self.patch_in(rearrange(latents, "b c f (h p) (w q) -> b f h w (c p q)", p=patch, q=patch))
-        x = x + grid_positions(x)
+        x = x + self._positions_of(x)
         time = t * TIME_SCALE
         if self.config.prediction == "noise":
             # defined at the steps 0 to 999 alone; 10 of them, over 1000 and times 1000 in float32, are no whole number
