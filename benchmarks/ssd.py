@@ -1,12 +1,12 @@
-"""Milliseconds of the scan operators' back ends by length and batch: the table that ``auto`` goes by.
+"""Milliseconds of the operators' back ends by length and batch: the table that ``auto`` goes by.
 
     python benchmarks/ssd.py [--operator ssd] [--device auto] [--quick] [--forward-only] [--write-table]
 
 Every back end that runs here is timed at each length and batch (number of sequences), forward and forward with
 backward, as the sum over the shapes of the ``small`` and the ``base`` denoiser; in bfloat16 on a GPU, in float32 on a
-CPU. The ranking is by the forward time, since a clip takes many steps; of back ends within 5 per cent the simplest
-comes first. --write-table puts the run into medsora/ops/auto_backends.json, in place of an earlier one of the same
-operator and device.
+CPU. ``mixer`` is the scan with convolution, gate and norm, in one walk. The ranking is by the forward time, since a
+clip takes many steps; of back ends within 5 per cent the simplest comes first. --write-table puts the run into
+medsora/ops/auto_backends.json, in place of an earlier one of the same operator and device.
 """
 
 import argparse
@@ -20,20 +20,28 @@ import torch
 from torch import Tensor
 
 from medsora.errors import BackendError
-from medsora.ops import OPERATORS, resolve_backend, selective_scan, ssd
+from medsora.ops import OPERATORS, MixerWeights, Walks, mix, resolve_backend, selective_scan, ssd
 from medsora.ops.backends import TABLE_FILE
+from medsora.ops.mixer import MAX_FUSED_LENGTH
 from medsora.ops.ssd import CHUNK_SIZE
 from medsora.timing import median_seconds
 
 # heads, width of a head, state; and channels, state
 SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     "ssd": ((8, 64, 64), (16, 64, 128)),
+    "mixer": ((8, 64, 64), (16, 64, 128)),
     "selective_scan": ((512, 16), (1024, 16)),
 }
-LENGTHS = {"ssd": (4, 16, 32, 64, 128, 256, 1024, 4096), "selective_scan": (64, 512, 4096)}
-BATCHES = {"ssd": (16, 256, 2048, 16384), "selective_scan": (1, 16, 256)}
-MAX_TOKENS = {"ssd": 2**19, "selective_scan": 2**17}
-CPU_LENGTHS = {"ssd": (4, 32, 64, 128, 256, 512, 1024), "selective_scan": (64, 512, 2048)}
+LENGTHS = {"ssd": (4, 32, 64, 128, 256, 1024), "mixer": (4, 32, 64, 128, 256), "selective_scan": (64, 512, 4096)}
+BATCHES = {"ssd": (16, 512, 16384), "mixer": (16, 512, 16384), "selective_scan": (1, 16, 256)}
+MAX_TOKENS = {"ssd": 2**19, "mixer": 2**19, "selective_scan": 2**17}
+CPU_LENGTHS = {
+    "ssd": (4, 32, 64, 128, 256, 512, 1024),
+    "mixer": (4, 32, 64, 128, 256, 512),
+    "selective_scan": (64, 512, 2048),
+}
+SEQUENCES = 64
+"""Sequences of a clip, at most: as the temporal scans of 128x128 pixels have."""
 MAX_MASK_BYTES = 8 * 2**30
 SPREAD = 1.05
 
@@ -100,7 +108,7 @@ def available(operator: str, device: torch.device) -> list[str]:
             print(f"left out: {error}")
         else:
             found.append(backend)
-    left_out = {"reference"} if device.type == "cuda" else {"reference", "mamba_ssm"}
+    left_out = {"reference"} if device.type == "cuda" else {"reference", "mamba_ssm", "fused"}
     return [backend for backend in found if backend not in left_out]
 
 
@@ -128,17 +136,17 @@ def measured_row(
 ) -> dict[str, Any]:
     milliseconds: dict[str, dict[str, float]] = {}
     for backend in backends:
-        if operator == "ssd" and not is_worth_measuring(backend, length, batch):
+        if not is_worth_measuring(operator, backend, length, batch):
             continue
         forward = backward = 0.0
         for shape in SHAPES[operator]:
             run, leaves = operation(operator, backend, shape, length, batch, device, dtype)
             with torch.no_grad():
                 forward += median_seconds(run, device, repeats=repeats)
-            if not forward_only:
+            if not forward_only and backend != "fused":
                 backward += median_seconds(partial(with_backward, run, leaves), device, repeats=repeats)
         milliseconds[backend] = {"forward": round(1000 * forward, 4)}
-        if not forward_only:
+        if not forward_only and backend != "fused":
             milliseconds[backend]["forward_backward"] = round(1000 * backward, 4)
     return {"length": length, "batch": batch, "backends": ranking(milliseconds), "milliseconds": milliseconds}
 
@@ -149,7 +157,11 @@ def with_backward(run: Callable[[], Tensor], leaves: list[Tensor]) -> tuple[Tens
     return torch.autograd.grad(y, leaves, torch.ones_like(y))
 
 
-def is_worth_measuring(backend: str, length: int, batch: int) -> bool:
+def is_worth_measuring(operator: str, backend: str, length: int, batch: int) -> bool:
+    if operator == "selective_scan":
+        return True
+    if backend == "fused":
+        return length <= MAX_FUSED_LENGTH
     if backend == "chunked" and length <= CHUNK_SIZE:
         return False  # one chunk is the dual form itself
     # the mask is float32, and the backward pass keeps several of its size
@@ -171,6 +183,18 @@ def operation(
     def steps(*sizes: int) -> Tensor:
         return torch.rand(batch, length, *sizes, device=device) * 0.1
 
+    if operator == "mixer":
+        heads, headdim, state = shape
+        sequences = min(batch, SEQUENCES)
+        walks = Walks(torch.arange(sequences * length).reshape(1, sequences, length)).to(device)
+        channels = heads * headdim + 2 * state
+        weights = [
+            torch.randn(size, device=device).to(dtype)
+            for size in ((channels, 4), (channels,), (heads,), (heads,), (heads,), (heads * headdim,))
+        ]
+        projected = inputs(2 * heads * headdim + 2 * state + heads).reshape(batch // sequences, walks.num_tokens, -1)
+        leaves = [projected.requires_grad_(), *(weight.requires_grad_() for weight in weights)]
+        return lambda: mix(projected, walks, MixerWeights(*weights), backend=backend), leaves
     if operator == "ssd":
         heads, headdim, state = shape
         decay, skip = -torch.rand(heads, device=device) - 0.1, torch.randn(heads, device=device)

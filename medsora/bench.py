@@ -1,7 +1,8 @@
 """Speed of a checkpoint or a preset here: step, decode, clips a second, share of the matrix rate, memory.
 
-What is timed is the denoiser call of the pipeline and its decode, on random latents; each figure is a median after a
-warm-up, with the device's own clock on CUDA. Operations are counted from shapes, not measured:
+What is timed is the pipeline as requests meet it: compiled and recorded on CUDA, from seeds to frames in the memory of
+the host. A step is the difference of a long and a short sampling, over the difference in steps. Each figure is a median
+after a warm-up, with the device's own clock on CUDA. Operations are counted from shapes, not measured:
 
 - the denoiser's matrix products, attention over all tokens of a frame, and the state-space recurrence as a recurrence
   (5 a state element and step), whichever back end runs: linear in the number of frames, and comparable between them;
@@ -10,8 +11,9 @@ warm-up, with the device's own clock on CUDA. Operations are counted from shapes
 """
 
 import resource
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -19,17 +21,17 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from medsora.checkpoint import LoadedCheckpoint
-from medsora.config import AutoencoderConfig, DenoiserConfig
-from medsora.errors import RequestError
+from medsora.config import SAMPLERS_OF, AutoencoderConfig, DenoiserConfig, ModelConfig
+from medsora.errors import BackendError, RequestError
 from medsora.geometry import SPATIAL_STRIDE, is_valid_video_shape, latent_shape
 from medsora.manifest import FORMAT_VERSION, Label, Limits, Manifest
 from medsora.models.autoencoder import VideoAutoencoder
 from medsora.models.denoiser import TIME_FEATURES, Denoiser
 from medsora.ops import resolve_backend
-from medsora.pipeline import DTYPES, VideoPipeline
+from medsora.pipeline import BATCH_SIZES, DTYPES, VideoPipeline, device_named
 from medsora.presets import DENOISERS, preset
+from medsora.request import GenerationRequest
 from medsora.timing import median_seconds
-from medsora.video_io import to_uint8
 
 __all__ = [
     "BenchRow",
@@ -42,6 +44,10 @@ __all__ = [
 ]
 
 MIB = 2**20
+SHORT_RUN, LONG_RUN = 2, 22
+"""Steps of the two samplings that a step is the difference of."""
+MAX_WHOLE_S = 5.0
+"""Seconds after which no further whole call is timed."""
 
 
 @dataclass(frozen=True)
@@ -54,24 +60,40 @@ class BenchRow:
     width: int
     num_steps: int
     spatial_backend: str
-    """Back end of the SSD operator in the spatial scans; ``temporal_backend`` in the temporal ones."""
+    """Back end of the mixers in the spatial scans; ``temporal_backend`` in the temporal ones."""
     temporal_backend: str
+    guidance_scale: float
+    sampler: str
+    is_compiled: bool
     step_flops: int
-    """Counted in one denoiser call on the whole batch."""
+    """Counted in one step on the whole batch; guidance doubles it."""
     decode_flops: int
+    warm_up_s: float | None = None
+    """First use of this shape: compilation, tuning and recording, where there are any."""
     step_ms: float | None = None
+    """One step of the sampler on the whole batch."""
     decode_ms: float | None = None
-    """From latents to bytes in the memory of the host."""
+    """From latents to frames on the device."""
     clips_per_second: float | None = None
-    """``batch`` over the time of ``num_steps`` denoiser calls and one decode. No guidance, which doubles the calls."""
+    """``batch`` over the time of a whole call, from requests to frames in the memory of the host."""
     share_of_matrix_rate: float | None = None
     """Counted operations of a step, over its time, over the rate of a large matrix product."""
+    product_share: float | None = None
+    """The same with the scans counted as what a masked matrix product does, not as the recurrence they stand for."""
     peak_memory_mib: float | None = None
     """Allocated on a GPU; on a CPU the most that the process has held so far."""
     error: str | None = None
 
 
-def preset_pipeline(name: str, *, device: str = "auto", dtype: str = "auto", backend: str = "auto") -> VideoPipeline:
+def preset_pipeline(
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    backend: str = "auto",
+    compiled: str = "auto",
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+) -> VideoPipeline:
     """A pipeline of a preset with random weights: as fast as a trained one, but its clips are noise.
 
     Raises:
@@ -83,7 +105,7 @@ def preset_pipeline(name: str, *, device: str = "auto", dtype: str = "auto", bac
     if dtype != "auto" and dtype not in DTYPES:
         raise RequestError("dtype", f"{dtype!r} is none of them", ("auto", *DTYPES))
     place = _device(device)
-    resolve_backend(backend, length=1)
+    resolve_backend(backend, operator="mixer", length=1)
     config = preset(name, {"finding": ("first", "second")})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -105,24 +127,28 @@ def preset_pipeline(name: str, *, device: str = "auto", dtype: str = "auto", bac
             sizes=((128, 128),),
             num_frames=(16,),
             fps=8.0,
-            num_inference_steps=(1, 30, 1000),
+            num_inference_steps=(2, 250, 1000) if config.denoiser.prediction == "noise" else (1, 30, 1000),
             guidance_scale=(1.0, 1.0, 10.0),
-            samplers=("euler",),
+            samplers=SAMPLERS_OF[config.denoiser.prediction],
         ),
     )
     loaded = LoadedCheckpoint(config, manifest, autoencoder, denoiser)
     default = torch.bfloat16 if place.type == "cuda" else torch.float32
-    return VideoPipeline(loaded, device=place, dtype=DTYPES.get(dtype, default), backend=backend)
+    return VideoPipeline(
+        loaded,
+        device=place,
+        dtype=DTYPES.get(dtype, default),
+        backend=backend,
+        compiled=compiled,
+        batch_sizes=batch_sizes,
+    )
 
 
 def _device(name: str) -> torch.device:
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
-        device = torch.device(chosen)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        problem = f"{name!r} is not available here: {str(error).splitlines()[0]}"
-        raise RequestError("device", problem, ("auto", "cpu", "cuda", "cuda:1", "...")) from error
+        device = device_named(name)
+    except BackendError as error:
+        raise RequestError("device", str(error), ("auto", "cpu", "cuda", "cuda:1", "...")) from error
     if device.type not in ("cpu", "cuda"):
         raise RequestError("device", f"{name!r} cannot be measured", ("auto", "cpu", "cuda", "cuda:1", "..."))
     return device
@@ -196,23 +222,45 @@ def measure(
     num_frames: int,
     height: int,
     width: int,
-    num_steps: int,
     rate: float,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
+    sampler: str | None = None,
     repeats: int = 7,
 ) -> BenchRow:
     """Time one batch.
 
     Args:
-        num_steps: Denoiser calls that a clip is made of.
+        num_steps: Of a whole clip; like ``guidance_scale`` and ``sampler`` by default the checkpoint's.
         rate: From :func:`matrix_rate`.
 
     Raises:
         RequestError: A value that cannot be measured; names the field.
     """
-    for field, value in (("batch", batch), ("steps", num_steps), ("repeats", repeats)):
-        if value < 1:
-            raise RequestError(field, f"must be at least 1, got {value}")
-    config = pipeline.config
+    config, limits = pipeline.config, pipeline.manifest.limits
+    request = GenerationRequest(
+        label=pipeline.manifest.labels[0].name,
+        seed=0,
+        num_frames=num_frames,
+        height=height,
+        width=width,
+        num_inference_steps=limits.num_inference_steps[1] if num_steps is None else num_steps,
+        guidance_scale=limits.guidance_scale[1] if guidance_scale is None else guidance_scale,
+        sampler=limits.samplers[0] if sampler is None else sampler,
+    )
+    known = SAMPLERS_OF[config.denoiser.prediction]
+    if request.sampler not in known:
+        raise RequestError("sampler", f"{request.sampler!r} does not fit this network", known)
+    if not request.guidance_scale >= 1:
+        raise RequestError("guidance", f"must be at least 1, got {request.guidance_scale}")
+    least = 2 if config.denoiser.prediction == "noise" else 1
+    for field, value, low in (
+        ("batch", batch, 1),
+        ("steps", request.num_inference_steps, least),
+        ("repeats", repeats, 1),
+    ):
+        if value < low:
+            raise RequestError(field, f"must be at least {low}, got {value}")
     patch_size = config.denoiser.patch_size
     if not is_valid_video_shape(num_frames, 8 * patch_size, 8 * patch_size, patch_size=patch_size):
         raise RequestError("frames", f"must be a positive multiple of 8, got {num_frames}")
@@ -221,59 +269,85 @@ def measure(
         raise RequestError("size", f"width and height must be positive multiples of {step}, got {width}x{height}")
     latent = latent_shape(num_frames, height, width)
     rows, columns = latent[1] // patch_size, latent[2] // patch_size
+    calls = 1 if request.guidance_scale == 1 else 2
     counted = BenchRow(
         batch=batch,
         num_frames=num_frames,
         height=height,
         width=width,
-        num_steps=num_steps,
+        num_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        sampler=request.sampler,
+        is_compiled=pipeline.is_compiled,
         # the operator sees both directions of a scan as one batch
-        spatial_backend=_backend_of(pipeline, latent[0] * columns, 2 * batch * rows),
-        temporal_backend=_backend_of(pipeline, latent[0], config.denoiser.temporal_directions * batch * rows * columns),
-        step_flops=denoiser_flops(config.denoiser, latent, batch=batch),
-        decode_flops=decoder_flops(config.require_autoencoder(), latent, batch=batch),
+        spatial_backend=_backend_of(pipeline, latent[0] * columns, 2 * calls * batch * rows),
+        temporal_backend=_backend_of(
+            pipeline, latent[0], config.denoiser.temporal_directions * calls * batch * rows * columns
+        ),
+        step_flops=denoiser_flops(config.denoiser, latent, batch=calls * batch),
+        decode_flops=decoder_flops(_autoencoder_of(config), latent, batch=batch),
     )
+    products = denoiser_flops(config.denoiser, latent, batch=calls * batch, ssd_form="dual")
     try:
-        times = _timed(pipeline, counted, latent, rate=rate, repeats=repeats)
+        times = _timed(pipeline, [request] * batch, counted.step_flops, products, rate=rate, repeats=repeats)
     except torch.OutOfMemoryError:
         times = {"error": "out of memory"}
     return BenchRow(**{**asdict(counted), **times})
 
 
+def _autoencoder_of(config: ModelConfig) -> AutoencoderConfig:
+    assert config.autoencoder is not None  # a pipeline has one
+    return config.autoencoder
+
+
 def _backend_of(pipeline: VideoPipeline, length: int, batch: int) -> str:
-    return resolve_backend(pipeline.backend, length=length, batch=batch, device=pipeline.device, dtype=pipeline.dtype)
+    return resolve_backend(
+        pipeline.backend, operator="mixer", length=length, batch=batch, device=pipeline.device, dtype=pipeline.dtype
+    )
 
 
 def _timed(
-    pipeline: VideoPipeline, row: BenchRow, latent: tuple[int, int, int], *, rate: float, repeats: int
+    pipeline: VideoPipeline,
+    requests: list[GenerationRequest],
+    step_flops: int,
+    product_flops: int,
+    *,
+    rate: float,
+    repeats: int,
 ) -> dict[str, Any]:
-    device, config = pipeline.device, pipeline.config.denoiser
-    on_gpu = device.type == "cuda"
-    if on_gpu:
+    device, batch = pipeline.device, len(requests)
+    if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    with torch.inference_mode():
-        latents = torch.randn(row.batch, config.in_channels, *latent, device=device).to(pipeline.dtype)
-        times = torch.full((row.batch, latent[0]), 0.5, device=device)
-        condition = torch.tensor([config.null_condition] * row.batch, dtype=torch.long, device=device)
-        condition = condition.reshape(row.batch, len(config.null_condition))
-        step_s = median_seconds(lambda: pipeline.denoiser(latents, times, condition), device, repeats=repeats)
-        decode_s = median_seconds(lambda: _decode(pipeline, latents), device, repeats=repeats)
-    if on_gpu:
+    began = time.perf_counter()
+    pipeline([replace(request, num_inference_steps=SHORT_RUN) for request in requests])
+    warm_up_s = time.perf_counter() - began
+
+    def sample(num_steps: int) -> float:
+        asked = [replace(request, num_inference_steps=num_steps) for request in requests]
+        return median_seconds(lambda: pipeline.sample_latents(asked), device, repeats=repeats, warmup=1)
+
+    step_s = (sample(LONG_RUN) - sample(SHORT_RUN)) / (LONG_RUN - SHORT_RUN)
+    latents = pipeline.sample_latents([replace(request, num_inference_steps=SHORT_RUN) for request in requests]).clone()
+    decode_s = median_seconds(lambda: pipeline.decode(latents), device, repeats=repeats)
+    whole_s = median_seconds(
+        lambda: pipeline(requests),
+        device,
+        repeats=max(1, min(repeats, int(5 / (requests[0].num_inference_steps * step_s)))),
+    )
+    if device.type == "cuda":
         peak_bytes = torch.cuda.max_memory_allocated(device)
     else:
         peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes on Linux
     return {
+        "warm_up_s": warm_up_s,
         "step_ms": 1000 * step_s,
         "decode_ms": 1000 * decode_s,
-        "clips_per_second": row.batch / (row.num_steps * step_s + decode_s),
-        "share_of_matrix_rate": row.step_flops / step_s / rate,
+        "clips_per_second": batch / whole_s,
+        "share_of_matrix_rate": step_flops / step_s / rate,
+        "product_share": product_flops / step_s / rate,
         "peak_memory_mib": peak_bytes / MIB,
     }
-
-
-def _decode(pipeline: VideoPipeline, latents: Tensor) -> Tensor:
-    return to_uint8(pipeline.autoencoder.decode(latents)).cpu()
 
 
 def describe(pipeline: VideoPipeline, *, rate: float) -> dict[str, Any]:

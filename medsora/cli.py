@@ -36,9 +36,10 @@ SHOWN_SYNONYMS = 5
 BENCH_COLUMNS = (
     "frames",
     "batch",
-    "SSD (spatial, temporal)",
+    "mixers (spatial, temporal)",
     "GFLOP a step",
     "GFLOP decode",
+    "s first",
     "ms a step",
     "ms decode",
     "clips/s",
@@ -386,13 +387,16 @@ def bench(
     checkpoint: Annotated[str | None, typer.Option(help="Instead: a directory, or a shipped checkpoint.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float64.")] = "auto",
-    backend: Annotated[str, typer.Option(help="Of the SSD operator: auto, dual, chunked, mamba_ssm, reference.")] = (
-        "auto"
-    ),
+    backend: Annotated[
+        str, typer.Option(help="Of the mixers: auto, fused, dual, chunked, mamba_ssm, reference.")
+    ] = "auto",
+    compiled: Annotated[str, typer.Option(help="auto, on, off: compile, and record as CUDA graphs.")] = "auto",
     batch: Annotated[str, typer.Option(help="Clips at once; several as 1,8,64.")] = "1",
     frames: Annotated[str, typer.Option(help="Length in frames; several as 16,32,64,128.")] = "16",
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels.")] = "128x128",
-    steps: Annotated[int, typer.Option(help="Denoiser calls a clip, for clips a second.")] = 30,
+    steps: Annotated[int | None, typer.Option(help="Steps a clip. Default: the network's.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none. Default: the network's.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Default: the network's.")] = None,
     repeats: Annotated[int, typer.Option(help="Calls that each median is taken of.")] = 7,
     output: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
@@ -409,11 +413,11 @@ def bench(
             from medsora.pipeline import VideoPipeline
         except ModuleNotFoundError as error:
             raise MedsoraError(f"measuring needs the package {error.name}: pip install 'medsora[model]'") from error
-        options = {"device": device, "dtype": dtype, "backend": backend}
+        options = {"device": device, "dtype": dtype, "backend": backend, "compiled": compiled}
         if preset is not None:
-            pipeline = measuring.preset_pipeline(preset, **options)
+            pipeline = measuring.preset_pipeline(preset, **options, batch_sizes=batches)
         else:
-            pipeline = VideoPipeline.from_checkpoint(checkpoint or "", **options)
+            pipeline = VideoPipeline.from_checkpoint(checkpoint or "", **options, batch_sizes=batches)
         rate = measuring.matrix_rate(pipeline.device, pipeline.dtype)
         rows = [
             measuring.measure(
@@ -423,6 +427,8 @@ def bench(
                 height=height or 0,
                 width=width or 0,
                 num_steps=steps,
+                guidance_scale=guidance,
+                sampler=sampler,
                 rate=rate,
                 repeats=repeats,
             )
@@ -463,6 +469,7 @@ def _print_bench(figures: dict[str, Any]) -> None:
         counted = (f"{row['step_flops'] / 1e9:,.3g}", f"{row['decode_flops'] / 1e9:,.3g}")
         if row["error"] is None:
             measured = (
+                f"{row['warm_up_s']:,.1f}",
                 f"{row['step_ms']:,.2f}",
                 f"{row['decode_ms']:,.2f}",
                 f"{row['clips_per_second']:,.4g}",
@@ -470,8 +477,12 @@ def _print_bench(figures: dict[str, Any]) -> None:
                 f"{row['peak_memory_mib']:,.0f}",
             )
         else:
-            measured = (row["error"], "", "", "", "")
+            measured = (row["error"], "", "", "", "", "")
         table.add_row(*shape, *counted, *measured)
     console.print(table)
     first = figures["rows"][0]
-    console.print(f"{first['width']}x{first['height']}; clips a second at {first['num_steps']} steps without guidance")
+    guidance = "no guidance" if first["guidance_scale"] == 1 else f"guidance {first['guidance_scale']:g}"
+    compiled = "compiled, CUDA graphs" if first["is_compiled"] else "not compiled"
+    console.print(
+        f"{first['width']}x{first['height']}; {first['sampler']}, {first['num_steps']} steps, {guidance}; {compiled}"
+    )

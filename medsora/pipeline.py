@@ -1,7 +1,14 @@
 """Requests in, frames out: loads a checkpoint once and keeps nothing of any request."""
 
+import logging
+import os
+import threading
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,54 +16,111 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from medsora.checkpoint import LoadedCheckpoint, load_checkpoint
-from medsora.diffusion.guidance import guided_velocity
-from medsora.diffusion.samplers import SAMPLERS
-from medsora.diffusion.schedule import timesteps
-from medsora.errors import BackendError, CheckpointError
+from medsora.diffusion.guidance import guided
+from medsora.diffusion.samplers import SAMPLERS, OnStep, sample
+from medsora.errors import BackendError, CheckpointError, VideoError
 from medsora.geometry import latent_shape
+from medsora.graphs import GraphedMap, GraphedSampler
 from medsora.manifest import Manifest, find_checkpoint
 from medsora.ops import resolve_backend
 from medsora.request import GenerationRequest
-from medsora.video_io import to_uint8
+from medsora.video_io import to_pixels
 
-__all__ = ["VideoPipeline", "initial_noise"]
+__all__ = ["BATCH_SIZES", "COMPILED", "VideoPipeline", "device_named", "initial_noise"]
 
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+COMPILED = ("auto", "on", "off")
+MAX_SHAPES = 64
+"""Shapes that may be compiled for in one process; torch's own limit is 8, after which it no longer compiles."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 Frames = UInt8[np.ndarray, "f h w c"]
 
+logger = logging.getLogger(__name__)
 
-def initial_noise(seed: int, shape: tuple[int, ...]) -> Float[Tensor, "c f h w"]:
+
+def initial_noise(seed: int, shape: tuple[int, ...], *, step: int | None = None) -> Float[Tensor, "c f h w"]:
     """Standard normal noise that depends on the seed and shape alone, not on device or batch. float32, CPU.
 
     From numpy's frozen generator: it uses all bits of the seed, where torch's on a CPU uses the lowest 32, and its
     numbers are promised never to change.
+
+    Args:
+        step: None for where sampling starts; the number of a step for the fresh noise of that step.
     """
-    generator = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
+    entropy = np.random.SeedSequence(seed, spawn_key=() if step is None else (step,))
+    generator = np.random.RandomState(np.random.MT19937(entropy))
     return torch.from_numpy(generator.standard_normal(shape)).float()
 
 
+def device_named(name: str) -> torch.device:
+    """The device of that name, or for ``auto`` CUDA where there is a GPU, else the CPU.
+
+    Raises:
+        BackendError: There is none here, or it is of a kind that nothing here runs on.
+    """
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise BackendError(f"device must be auto, cpu, cuda or mps; got {name!r}")
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first_line = str(error).splitlines()[0]
+        raise BackendError(f"device {name!r} is not available here: {first_line}") from error
+    return device
+
+
 class VideoPipeline:
-    """A checkpoint ready to generate; safe to share, since a call leaves no trace in it.
+    """A checkpoint ready to generate; a call leaves nothing of its request in it. Threads take turns.
 
     Make one with :meth:`from_checkpoint`. ``manifest`` tells labels and limits.
     """
 
-    def __init__(self, checkpoint: LoadedCheckpoint, *, device: torch.device, dtype: torch.dtype, backend: str) -> None:
+    def __init__(
+        self,
+        checkpoint: LoadedCheckpoint,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        backend: str,
+        compiled: str = "auto",
+        batch_sizes: Sequence[int] = BATCH_SIZES,
+    ) -> None:
         if checkpoint.autoencoder is None:
             raise CheckpointError(
                 f"{checkpoint.manifest.name} has no autoencoder, and makes latents, not video: "
                 "give it one with `medsora import-released --autoencoder`"
             )
+        if compiled not in COMPILED:
+            raise BackendError(f"compiled must be one of {', '.join(COMPILED)}; got {compiled!r}")
+        if compiled == "on" and device.type != "cuda":
+            raise BackendError(f"compiled can be on with a CUDA device only, got {device}")
+        if not batch_sizes or min(batch_sizes) < 1:
+            raise BackendError(f"batch_sizes must be numbers from 1 on, got {tuple(batch_sizes)}")
         self.manifest: Manifest = checkpoint.manifest
         self.config = checkpoint.config
         self.device, self.dtype, self.backend = device, dtype, backend
+        self.batch_sizes = tuple(sorted(set(batch_sizes)))
         self.autoencoder = checkpoint.autoencoder.to(device, dtype).eval().requires_grad_(False)
         self.denoiser = checkpoint.denoiser.to(device, dtype).eval().requires_grad_(False)
         self.denoiser.backend = backend
+        self._null_condition = torch.tensor(self.config.denoiser.null_condition, dtype=torch.long, device=device)
+        self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1), thread_name_prefix="noise")
+        self._sample_by_graphs: GraphedSampler | None = None
+        self._decode: Callable[[Tensor], tuple[Tensor, Tensor]] = self._decode_pixels
+        if device.type == "cuda" and compiled != "off" and backend != "reference" and _can_compile(device, compiled):
+            self._compile()
 
     @classmethod
     def from_checkpoint(
-        cls, checkpoint: str | Path, *, device: str = "auto", dtype: str = "auto", backend: str = "auto"
+        cls,
+        checkpoint: str | Path,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        backend: str = "auto",
+        compiled: str = "auto",
+        batch_sizes: Sequence[int] = BATCH_SIZES,
     ) -> "VideoPipeline":
         """Load and check a checkpoint.
 
@@ -64,36 +128,37 @@ class VideoPipeline:
             checkpoint: A directory, or the name of one that comes with the package.
             device: ``auto`` takes CUDA where there is a GPU, else the CPU; or a torch device name.
             dtype: ``auto`` is bfloat16 on CUDA, float32 on the CPU; or float32, bfloat16, float64.
-            backend: Of the SSD operator; ``reference`` also samples one clip at a time, so that a clip is
-                bit-identical whatever it was asked together with.
+            backend: Of the mixers (:mod:`medsora.ops.mixer`); ``reference`` also samples one clip at a time, so that
+                a clip is bit-identical whatever it was asked together with.
+            compiled: ``on`` compiles the networks and records their calls as CUDA graphs, when a shape is first asked
+                for or by :meth:`warm_up`; ``auto`` does so on CUDA, and where that fails says so and goes on without;
+                ``off`` does not.
+            batch_sizes: Numbers of clips to compile for. A call of another number is filled up to the next one, or
+                split by the largest.
 
         Raises:
             CheckpointError: It cannot be found, or is damaged.
             BackendError: No such device, dtype or back end here.
         """
-        resolve_backend(backend, length=1)
+        resolve_backend(backend, operator="mixer", length=1)
         if dtype != "auto" and dtype not in DTYPES:
             raise BackendError(f"dtype must be one of auto, {', '.join(DTYPES)}; got {dtype!r}")
-        name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        try:
-            place = torch.device(name)
-            if place.type not in ("cpu", "cuda", "mps"):
-                raise BackendError(f"device must be auto, cpu, cuda or mps; got {name!r}")
-            torch.zeros(1, device=place)
-        except (RuntimeError, AssertionError) as error:
-            first_line = str(error).splitlines()[0]
-            raise BackendError(f"device {name!r} is not available here: {first_line}") from error
+        place = device_named(device)
         default = torch.bfloat16 if place.type == "cuda" else torch.float32
-        loaded = load_checkpoint(find_checkpoint(checkpoint))
-        if loaded.config.denoiser.out_channels != loaded.config.denoiser.in_channels:
-            raise CheckpointError(f"{checkpoint}: its denoiser predicts a variance too, which no sampler here takes")
-        return cls(loaded, device=place, dtype=DTYPES.get(dtype, default), backend=backend)
+        return cls(
+            load_checkpoint(find_checkpoint(checkpoint)),
+            device=place,
+            dtype=DTYPES.get(dtype, default),
+            backend=backend,
+            compiled=compiled,
+            batch_sizes=batch_sizes,
+        )
 
     def __call__(
         self,
         requests: Sequence[GenerationRequest],
         *,
-        on_step: Callable[[int, int], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> list[Frames]:
         """Generate one clip a request, as one batch.
 
@@ -111,50 +176,143 @@ class VideoPipeline:
         """
         if len({request.shape_key for request in requests}) != 1:
             raise ValueError("requests of one call must be alike in frames, size, steps, guidance and sampler")
-        if self.backend == "reference" and len(requests) > 1:
-            # matrix products of another batch size may round differently: one at a time, or no promise
-            return self._one_by_one(requests, on_step)
-        with torch.inference_mode():
-            video = self.autoencoder.decode(self._sample(requests, on_step))
-            frames = to_uint8(video)
-        return [clip.numpy() for clip in frames.cpu()]
-
-    def _one_by_one(
-        self, requests: Sequence[GenerationRequest], on_step: Callable[[int, int], None] | None
-    ) -> list[Frames]:
         clips: list[Frames] = []
-        for index, request in enumerate(requests):
+        parts = self._parts(len(requests))
+        for number, (count, size) in enumerate(parts):
+            part = requests[len(clips) : len(clips) + count]
 
-            def step(done: int, total: int, index: int = index) -> None:
+            def step(done: int, total: int, number: int = number) -> None:
                 if on_step is not None:
-                    on_step(index * total + done, len(requests) * total)
+                    on_step(number * total + done, len(parts) * total)
 
-            clips += self([request], on_step=step)
+            # what fills a batch up is sampled too, and dropped
+            filled = [*part, *[part[-1]] * (size - count)]
+            with self._lock:
+                clips += self._generate(filled, step if on_step is not None else None)[:count]
         return clips
 
-    def _sample(
-        self, requests: Sequence[GenerationRequest], on_step: Callable[[int, int], None] | None
+    def warm_up(self, requests: Sequence[GenerationRequest]) -> dict[int, float]:
+        """Compile and record what requests of these shapes need, for every batch size; nothing where not compiled.
+
+        Args:
+            requests: One of each shape that will be asked for.
+
+        Returns:
+            Seconds that each batch size took: minutes when everything is new, seconds when it is in the compilers'
+            caches on disk.
+        """
+        seconds: dict[int, float] = {}
+        for size in self.batch_sizes if self._sample_by_graphs is not None else (1,):
+            began = time.perf_counter()
+            for request in requests:
+                shortest = replace(request, num_inference_steps=2)  # both kinds of step, where a plan has two
+                self([shortest] * size)
+            seconds[size] = time.perf_counter() - began
+        return seconds
+
+    def _compile(self) -> None:
+        torch._dynamo.config.recompile_limit = max(MAX_SHAPES, torch._dynamo.config.recompile_limit)
+        pool = torch.cuda.graph_pool_handle()
+        self.denoiser.compile_parts()
+        pixels = torch.compile(self._decode_pixels, dynamic=False)
+        self._sample_by_graphs = GraphedSampler(self._predict, self._null_condition, pool=pool)
+        self._decode = GraphedMap(pixels, pool=pool)
+
+    def _parts(self, count: int) -> list[tuple[int, int]]:
+        """How a call is split: clips of each part, and the batch that it runs in."""
+        if self.backend == "reference":
+            # matrix products of another batch size may round differently: one at a time, or no promise
+            return [(1, 1)] * count
+        if self._sample_by_graphs is None:
+            return [(count, count)]
+        most = self.batch_sizes[-1]
+        whole, rest = divmod(count, most)
+        parts = [(most, most)] * whole
+        if rest:
+            parts.append((rest, next(size for size in self.batch_sizes if size >= rest)))
+        return parts
+
+    def _generate(self, requests: Sequence[GenerationRequest], on_step: OnStep | None) -> list[Frames]:
+        frames, is_finite = self.decode(self.sample_latents(requests, on_step=on_step))
+        if frames.is_cuda:  # one copy, to pinned memory
+            on_host = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True)
+            frames = on_host.copy_(frames, non_blocking=True)
+        if not is_finite.item():  # waits for the device
+            raise VideoError("the video has values that are not finite: the sampler has diverged")
+        return [clip.numpy() for clip in frames]
+
+    def decode(self, latents: Float[Tensor, "b c f h w"]) -> tuple[Tensor, Tensor]:
+        """uint8 frames (b f h w c) of latents, and whether all values were finite (0-d bool), on the device.
+
+        Where the pipeline is compiled both are buffers: copy them, or be done with them before the next call.
+        """
+        with torch.inference_mode(not self.is_compiled), torch.no_grad():
+            frames, is_finite = self._decode(latents)
+        return frames, is_finite
+
+    def _decode_pixels(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 frames (b f h w c) of latents, and whether all values were finite."""
+        video = self.autoencoder.decode(latents.to(self.dtype))
+        return to_pixels(video), torch.isfinite(video).all()
+
+    def _predict(self, x: Tensor, t: Any, condition: Tensor) -> Tensor:
+        """The network at one time for all frames; the sampler's state keeps its type, only the network has its own."""
+        times = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(x.shape[0], x.shape[2])
+        predicted: Tensor = self.denoiser(x.to(self.dtype), times, condition)
+        return predicted.to(x.dtype)
+
+    def sample_latents(
+        self, requests: Sequence[GenerationRequest], *, on_step: OnStep | None = None
     ) -> Float[Tensor, "b c f h w"]:
+        """Sample the latents of requests that are alike, as one batch; see :meth:`__call__`.
+
+        Where the pipeline is compiled this is a buffer, as in :meth:`decode`, and a new number of requests compiles.
+        """
+        with torch.inference_mode(not self.is_compiled), torch.no_grad():
+            return self._sample(requests, on_step)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the networks are compiled, and their calls recorded as CUDA graphs."""
+        return self._sample_by_graphs is not None
+
+    def _sample(self, requests: Sequence[GenerationRequest], on_step: OnStep | None) -> Tensor:
         first = requests[0]
         latent = latent_shape(first.num_frames, first.height, first.width)
         shape = (self.config.denoiser.in_channels, *latent)
-        noise = torch.stack([initial_noise(request.seed, shape) for request in requests])
+        precision = torch.float64 if self.dtype == torch.float64 else torch.float32
+
+        def noise_of_step(step: int | None) -> Tensor:
+            # numpy lets go of the interpreter's lock: drawn one by one, 64 clips would wait 30 ms for their noise
+            draws = self._threads.map(lambda request: initial_noise(request.seed, shape, step=step), requests)
+            return torch.stack(list(draws)).to(precision).to(self.device)
+
         conditions = {label.name: label.condition for label in self.manifest.labels}
         indices = [self.config.condition_indices(conditions[request.label]) for request in requests]
-        condition = torch.tensor(indices, device=self.device)
-        null = torch.tensor(self.config.denoiser.null_condition, device=self.device)
+        condition = torch.tensor(indices, dtype=torch.long).reshape(len(requests), -1).to(self.device)
+        steps = SAMPLERS[first.sampler].steps(first.num_inference_steps)
+        if self._sample_by_graphs is not None:
+            self.denoiser.make_tables(latent, self.device)
+            return self._sample_by_graphs.sample(
+                steps,
+                noise_of_step(None),
+                condition,
+                first.guidance_scale,
+                draw_noise=noise_of_step,
+                on_step=on_step,
+            )
+        predict = guided(self._predict, condition, self._null_condition, first.guidance_scale)
+        return sample(steps, predict, noise_of_step(None), draw_noise=noise_of_step, on_step=on_step)
 
-        def velocity(x: Tensor, t: float, condition: Tensor) -> Tensor:
-            times = torch.full((x.shape[0], x.shape[2]), t, device=self.device)
-            # the state of the sampler stays in float32; only the network runs in the chosen type
-            predicted: Tensor = self.denoiser(x.to(self.dtype), times, condition)
-            return predicted.to(x.dtype)
 
-        state = noise.to(self.device, torch.float64 if self.dtype == torch.float64 else torch.float32)
-        latents: Tensor = SAMPLERS[first.sampler](
-            guided_velocity(velocity, condition, null, first.guidance_scale),
-            state,
-            timesteps(first.num_inference_steps),
-            on_step=on_step,
-        )
-        return latents.to(self.dtype)
+def _can_compile(device: torch.device, compiled: str) -> bool:
+    """Whether torch can compile for the device: a C compiler may be missing, most often."""
+    try:
+        torch.compile(lambda x: x * 2 + 1, dynamic=False)(torch.ones(8, device=device))
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if compiled == "on":
+            raise BackendError(f"the networks cannot be compiled here: {reason}") from error
+        logger.warning("the networks cannot be compiled here, and run without, which is slower: %s", reason)
+        return False
+    return True

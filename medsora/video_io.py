@@ -241,6 +241,13 @@ def to_uint8(video: Tensor) -> Tensor:
 
     if not torch.isfinite(video).all():
         raise VideoError("the video has values that are not finite")
+    return to_pixels(video)
+
+
+def to_pixels(video: Tensor) -> Tensor:
+    """:func:`to_uint8` without its check, which makes the host wait for the device."""
+    import torch
+
     # float32: bfloat16 has too few digits to tell 254 from 255
     levels = ((video.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round()
     return levels.to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()

@@ -169,11 +169,9 @@ class DenoiserTask:
 
     def compile(self) -> None:
         # Block by block: all blocks share one graph, which takes a sixth of the time that the unrolled network
-        # takes (docs/experiments.md). The eager pass before it makes the scan orders, which are then inputs of
-        # that graph; made while tracing, they would be constants of each block's own and compile twice.
-        with torch.no_grad():
-            latents, frames = self.train.latents[:1].float(), self.train.latents.shape[2]
-            self._model(latents, torch.zeros(1, frames, device=latents.device), self.train.conditions[:1])
+        # takes (docs/experiments.md).
+        frames, height, width = self.train.latents.shape[2:]
+        self._model.make_tables((frames, height, width), self.train.latents.device)
         for block in self._model.blocks:
             block.compile(dynamic=False)
 

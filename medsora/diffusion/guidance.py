@@ -1,37 +1,40 @@
-"""Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) as a wrapper of a conditional velocity."""
+"""Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) as a wrapper of a conditional prediction."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-__all__ = ["guided_velocity"]
+__all__ = ["guided"]
 
-ConditionalVelocityFn = Callable[[Tensor, float, Tensor], Tensor]
+ConditionalPredictFn = Callable[[Tensor, Any, Tensor], Tensor]
 
 
-def guided_velocity(
-    velocity_fn: ConditionalVelocityFn,
+def guided(
+    predict: ConditionalPredictFn,
     condition: Int[Tensor, "b k"],
     null_condition: Int[Tensor, " k"],
-    guidance_scale: float,
-) -> Callable[[Tensor, float], Tensor]:
-    """Velocity that leans ``guidance_scale`` times as far from the unconditional one as the condition does.
+    guidance_scale: Any,
+) -> Callable[[Tensor, Any], Tensor]:
+    """Prediction that leans ``guidance_scale`` times as far from the unconditional one as the condition does.
 
     Args:
-        velocity_fn: ``(x, t, condition) -> velocity``.
-        guidance_scale: 1 is no guidance, and then the unconditional velocity is not computed at all.
+        predict: ``(x, t, condition) -> prediction``: velocity or noise.
+        guidance_scale: The float 1 is no guidance, and then the unconditional prediction is not computed at all. A
+            0-d tensor is always guidance.
 
     Returns:
-        ``(x, t) -> velocity``. Both halves run as one batch of twice the size.
+        ``(x, t) -> prediction``. Both halves run as one batch of twice the size.
     """
-    if guidance_scale == 1:
-        return lambda x, t: velocity_fn(x, t, condition)
+    if isinstance(guidance_scale, float | int) and guidance_scale == 1:
+        return lambda x, t: predict(x, t, condition)
     both_conditions = torch.cat([condition, null_condition.expand_as(condition)])
 
-    def velocity(x: Tensor, t: float) -> Tensor:
-        conditional, unconditional = velocity_fn(torch.cat([x, x]), t, both_conditions).chunk(2)
-        return unconditional + guidance_scale * (conditional - unconditional)
+    def prediction(x: Tensor, t: Any) -> Tensor:
+        conditional, unconditional = predict(torch.cat([x, x]), t, both_conditions).chunk(2)
+        leaning: Tensor = unconditional + guidance_scale * (conditional - unconditional)
+        return leaning
 
-    return velocity
+    return prediction

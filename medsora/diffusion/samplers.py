@@ -1,56 +1,127 @@
-"""Samplers as plain functions: from noise along the velocity field to data. They keep no state.
+"""Samplers as plans: which steps lead from noise to data, and what each of them computes. They keep no state.
 
-Each takes ``velocity_fn(x, t)`` with ``t`` a Python float (all frames alike), noise, a falling 1-D schedule
-from :func:`medsora.diffusion.schedule.timesteps`, and ``on_step(done, total)``, called after every step; an
-exception raised in it ends the sampling.
+A step is a pure function ``(predict, x, *values) -> x`` and its values, plain numbers that are known before sampling
+starts. ``predict(x, t)`` is the network. On a GPU the values come as 0-d tensors, so that one recorded graph serves
+every step of its kind; elsewhere as floats.
+
+Velocity (rectified flow, :mod:`medsora.diffusion.path`): ``euler``, ``heun``. Noise with learned variance (DDPM,
+:mod:`medsora.diffusion.ddpm`): ``ddim``, ``ddpm``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["SAMPLERS", "sample_euler", "sample_heun"]
+from medsora.diffusion.ddpm import ddim_step, ddim_values, ddpm_step, ddpm_values
+from medsora.diffusion.schedule import timesteps
+
+__all__ = ["SAMPLERS", "Sampler", "Step", "euler_steps", "heun_steps", "sample"]
 
 Latents = Float[Tensor, "b c f h w"]
-VelocityFn = Callable[[Tensor, float], Tensor]
+Time = Any
+"""A float, or a 0-d tensor on the device."""
+PredictFn = Callable[[Tensor, Time], Tensor]
 OnStep = Callable[[int, int], None]
 
 
-def sample_euler(
-    velocity_fn: VelocityFn, noise: Latents, timesteps: Float[Tensor, " n"], *, on_step: OnStep | None = None
-) -> Latents:
-    """First-order steps: one evaluation of the velocity a step."""
-    times = timesteps.tolist()
-    x = noise
-    for step, (t, t_next) in enumerate(pairwise(times), start=1):
-        x = x + (t_next - t) * velocity_fn(x, t)
-        if on_step is not None:
-            on_step(step, len(times) - 1)
-    return x
+@dataclass(frozen=True)
+class Step:
+    """One step of a plan."""
+
+    function: Callable[..., Tensor]
+    """``(predict, x, *values) -> x``; with ``draws_noise`` it takes fresh noise as ``noise=`` too."""
+    values: tuple[float, ...]
+    draws_noise: bool = False
 
 
-def sample_heun(
-    velocity_fn: VelocityFn, noise: Latents, timesteps: Float[Tensor, " n"], *, on_step: OnStep | None = None
-) -> Latents:
-    """Second-order steps (Heun's rule): two evaluations a step, one in the last.
+def euler_step(predict: PredictFn, x: Latents, t: Time, change: Time) -> Latents:
+    """First order: along the velocity at ``t``, for ``change`` (below zero) of time."""
+    after: Tensor = x + change * predict(x, t)
+    return after
+
+
+def heun_step(predict: PredictFn, x: Latents, t: Time, t_next: Time, change: Time) -> Latents:
+    """Second order: along the mean of the velocities at both ends of an Euler step."""
+    velocity = predict(x, t)
+    ahead = predict(x + change * velocity, t_next)
+    after: Tensor = x + change * ((velocity + ahead) / 2)
+    return after
+
+
+def euler_steps(times: Float[Tensor, " n"]) -> list[Step]:
+    """One evaluation of the velocity a step, over a schedule that falls from 1 to 0."""
+    return [Step(euler_step, (t, t_next - t)) for t, t_next in pairwise(times.tolist())]
+
+
+def heun_steps(times: Float[Tensor, " n"]) -> list[Step]:
+    """Two evaluations a step, one in the last.
 
     The last step is Euler's, as in Karras et al. (arXiv 2206.00364, algorithm 1): at t = 0 the velocity is not
     trained for, and on a path that ends straight nothing is lost.
     """
-    times = timesteps.tolist()
+    return [
+        Step(heun_step, (t, t_next, t_next - t)) if t_next > 0 else Step(euler_step, (t, t_next - t))
+        for t, t_next in pairwise(times.tolist())
+    ]
+
+
+def ddim_steps(num_steps: int) -> list[Step]:
+    """DDIM without noise of its own (eta 0), over ``num_steps`` of the 1000 trained times."""
+    return [Step(ddim_step, values) for values in ddim_values(num_steps)]
+
+
+def ddpm_steps(num_steps: int) -> list[Step]:
+    """Ancestral sampling with the learned variance."""
+    return [Step(ddpm_step, values, draws_noise=True) for values in ddpm_values(num_steps)]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler by name."""
+
+    prediction: str
+    """What the network must predict, as :class:`medsora.config.DenoiserConfig` says it."""
+    steps: Callable[[int], Sequence[Step]]
+    """The plan for a number of steps."""
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "euler": Sampler("velocity", lambda num_steps: euler_steps(timesteps(num_steps))),
+    "heun": Sampler("velocity", lambda num_steps: heun_steps(timesteps(num_steps))),
+    "ddim": Sampler("noise", ddim_steps),
+    "ddpm": Sampler("noise", ddpm_steps),
+}
+
+
+def sample(
+    steps: Sequence[Step],
+    predict: PredictFn,
+    noise: Latents,
+    *,
+    draw_noise: Callable[[int], Latents] | None = None,
+    on_step: OnStep | None = None,
+) -> Latents:
+    """Carry noise through a plan.
+
+    Args:
+        draw_noise: Fresh noise for the step of that number, for steps that take some.
+        on_step: Called with (steps done, steps in all) after each; an exception raised in it ends the sampling.
+
+    Raises:
+        ValueError: A step takes noise and ``draw_noise`` is None.
+    """
     x = noise
-    for step, (t, t_next) in enumerate(pairwise(times), start=1):
-        velocity = velocity_fn(x, t)
-        x_next = x + (t_next - t) * velocity
-        if t_next > 0:
-            velocity = (velocity + velocity_fn(x_next, t_next)) / 2
-            x_next = x + (t_next - t) * velocity
-        x = x_next
+    for number, step in enumerate(steps):
+        fresh = {}
+        if step.draws_noise:
+            if draw_noise is None:
+                raise ValueError("this sampler draws noise at every step: draw_noise must be given")
+            fresh["noise"] = draw_noise(number)
+        x = step.function(predict, x, *step.values, **fresh)
         if on_step is not None:
-            on_step(step, len(times) - 1)
+            on_step(number + 1, len(steps))
     return x
-
-
-SAMPLERS: dict[str, Callable[..., Tensor]] = {"euler": sample_euler, "heun": sample_heun}

@@ -4,6 +4,8 @@ Source: MedSora (arXiv 2411.01647) and its released code, re-derived; decisions 
 docs/decisions. Axis letters: b batch, f frames, h height, w width, n tokens, d hidden, p projected channels.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -12,18 +14,24 @@ from torch import Tensor, nn
 
 from medsora.config import DenoiserConfig
 from medsora.models.scans import NUM_SPIRALS, inverse_order, spiral_order
-from medsora.ops import at_least_float32, ssd
+from medsora.ops import MixerWeights, Walks, mix
 
 __all__ = ["LocalAttention", "Mamba2", "SpatialMamba", "TemporalMamba"]
 
 
-def rotate(x: Float[Tensor, "... n d"], *, first_position: int = 0) -> Float[Tensor, "... n d"]:
-    """Rotary position embedding over the last two axes, halves paired (Su et al., arXiv 2104.09864)."""
-    length, half = x.shape[-2], x.shape[-1] // 2
-    dtype = torch.promote_types(x.dtype, torch.float32)  # angles bear no less
-    frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
-    angle = torch.arange(first_position, first_position + length, device=x.device, dtype=dtype)[:, None] * frequency
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+def rotations(
+    length: int, half: int, *, first_position: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Float[Tensor, "n e"], Float[Tensor, "n e"]]:
+    """Cosines and sines that turn the pairs of channels at each position (Su et al., arXiv 2104.09864)."""
+    precise = torch.promote_types(dtype, torch.float32)  # angles bear no less
+    frequency = 10000.0 ** (-torch.arange(half, device=device, dtype=precise) / half)
+    angle = torch.arange(first_position, first_position + length, device=device, dtype=precise)[:, None] * frequency
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Float[Tensor, "... n d"], turns: tuple[Float[Tensor, "n e"], Float[Tensor, "n e"]]) -> Tensor:
+    """Rotary position embedding over the last two axes, halves paired, by :func:`rotations`."""
+    cos, sin = turns
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
@@ -46,22 +54,35 @@ class LocalAttention(nn.Module):
         self.query = nn.Linear(hidden_size, hidden_size, bias=False)
         self.key = nn.Linear(hidden_size, hidden_size, bias=False)
         self.value = nn.Linear(hidden_size, hidden_size, bias=False)
+        self._turns: dict[tuple[int, torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         position = torch.arange(x.shape[1], device=x.device)
         near = (position[:, None] - position).abs() <= self.window
-        query, key = rotate(self.query(x), first_position=self.query_shift), rotate(self.key(x))
-        value = self.value(x)
+        of_query, of_key = self.turns(x.shape[1], x.device, x.dtype)
+        query, key, value = rotate(self.query(x), of_query), rotate(self.key(x), of_key), self.value(x)
         # the middle axis is the single head, which the fused kernels expect
         mixed = F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None], attn_mask=near)
         return mixed[:, 0]
+
+    def turns(self, length: int, device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """Rotations of queries and of keys, made once a length: powers and sines cost more than all else here."""
+        key = (length, device, dtype)
+        if key not in self._turns:
+            half = self.query.out_features // 2
+            with torch.inference_mode(False):  # tables made there could not be used in training later
+                self._turns[key] = [
+                    rotations(length, half, first_position=position, device=device, dtype=dtype)
+                    for position in (self.query_shift, 0)
+                ]
+        return self._turns[key]
 
 
 class Mamba2(nn.Module):
     """One set of Mamba-2 parameters, applied to any number of scans of the same tokens.
 
-    ``project`` once, ``scan`` each order, put the scans' outputs back in place and sum them, ``merge`` once:
-    the output projection has no bias, so summing before it is exact and saves a product a scan.
+    ``project`` once, ``mix`` along any walks, ``merge`` once for each sum of walks
+    (:mod:`medsora.ops.mixer` has what is between the projections).
 
     Source: Dao and Gu, arXiv 2405.21060, the Mamba-2 block (parallel projections, gated norm before the output).
     """
@@ -96,37 +117,33 @@ class Mamba2(nn.Module):
         projected: Tensor = self.in_proj(x)
         return projected
 
-    def scan(self, projected: Float[Tensor, "b l p"], *, backend: str) -> Float[Tensor, "b l i"]:
-        """Scan a sequence of projected tokens: causal convolution, SSD, gated norm. Not yet merged."""
-        d_conv_in = self.d_inner + 2 * self.d_state
-        z, conv_in, dt = torch.split(projected, [self.d_inner, d_conv_in, self.A_log.shape[0]], dim=-1)
-        mixed = F.silu(self._causal_convolution(conv_in))
-        x, B, C = torch.split(mixed, [self.d_inner, self.d_state, self.d_state], dim=-1)
-        y = ssd(
-            rearrange(x, "b l (k e) -> b l k e", e=self.headdim),
-            F.softplus(at_least_float32(dt) + at_least_float32(self.dt_bias)),
-            -torch.exp(at_least_float32(self.A_log)),
-            rearrange(B, "b l s -> b l 1 s"),
-            rearrange(C, "b l s -> b l 1 s"),
-            self.D,
-            backend=backend,
+    def mix(self, projected: Float[Tensor, "b n p"], walks: Walks, *, backend: str) -> Float[Tensor, "b n i"]:
+        """Scan the projected tokens of each clip along the walks, and sum. Not yet merged."""
+        weights = MixerWeights(
+            self.conv_weight, self.conv_bias, self.dt_bias, self.A_log, self.D, norm_gain=self.norm_gain
         )
-        gated = y.flatten(2) * F.silu(z)
-        scale = at_least_float32(gated).square().mean(dim=-1, keepdim=True).add(1e-5).rsqrt()
-        return gated * scale.to(gated.dtype) * self.norm_gain.to(gated.dtype)
+        return mix(projected, walks, weights, backend=backend)
 
     def merge(self, scans: Float[Tensor, "... i"]) -> Float[Tensor, "... d"]:
         """Project the (summed) outputs of scans back to the hidden size."""
         merged: Tensor = self.out_proj(scans)
         return merged
 
-    def _causal_convolution(self, x: Tensor) -> Tensor:  # (b l c), depthwise over l
-        taps = self.conv_weight.shape[1]
-        padded = F.pad(x, (0, 0, taps - 1, 0))
-        weight = self.conv_weight.to(x.dtype)
-        # sum of shifted products: no transposes, and a compiler fuses it with what is around
-        shifted = (padded[:, k : k + x.shape[1]] * weight[:, k] for k in range(taps))
-        return self.conv_bias.to(x.dtype) + sum(shifted)
+
+class WalkTables:
+    """Walks of a mixer by shape and device: indices go to the device once a shape, not once a step."""
+
+    def __init__(self, make: Callable[[int, int, int], tuple[Walks, ...]]) -> None:
+        self._make = make
+        self._made: dict[tuple[int, int, int, torch.device], tuple[Walks, ...]] = {}
+
+    def __call__(self, f: int, h: int, w: int, device: torch.device) -> tuple[Walks, ...]:
+        key = (f, h, w, device)
+        if key not in self._made:
+            # a tensor made under inference_mode could not be used in training later
+            with torch.inference_mode(False):
+                self._made[key] = tuple(walks.to(device) for walks in self._make(f, h, w))
+        return self._made[key]
 
 
 class SpatialMamba(nn.Module):
@@ -142,42 +159,36 @@ class SpatialMamba(nn.Module):
         self.mamba = Mamba2(config)
         self.gate_width = nn.Linear(config.hidden_size, config.hidden_size)
         self.gate_height = nn.Linear(config.hidden_size, config.hidden_size)
-        self._orders: dict[tuple[int, int, torch.device], tuple[tuple[Tensor, Tensor], ...]] = {}
+        self.walks = WalkTables(self._plane_walks)
 
     def forward(self, x: Float[Tensor, "b f h w d"], *, backend: str) -> Float[Tensor, "b f h w d"]:
-        b, f, h, w, _ = x.shape
-        projected = self.mamba.project(x)
-        rows = rearrange(projected, "b f h w p -> (b h) (f w) p")
-        columns = rearrange(projected, "b f h w p -> (b w) (f h) p")
-        over_width = rearrange(self._scan_plane(rows, f, w, backend), "(b h) (f w) d -> b f h w d", b=b, f=f)
-        over_height = rearrange(self._scan_plane(columns, f, h, backend), "(b w) (f h) d -> b f h w d", b=b, f=f)
-        return (
+        f, h, w = x.shape[1:4]
+        tokens = self.mamba.project(x).flatten(1, 3)
+        over_width, over_height = (
+            self.mamba.merge(self.mamba.mix(tokens, plane, backend=backend)) for plane in self.walks(f, h, w, x.device)
+        )
+        fused = (
             torch.sigmoid(self.gate_width(over_width)) * over_width
             + torch.sigmoid(self.gate_height(over_height)) * over_height
         )
+        return fused.reshape(x.shape)
 
-    def _scan_plane(self, tokens: Tensor, rows: int, columns: int, backend: str) -> Tensor:
-        (there, back), (other_there, other_back) = self._walks(rows, columns, tokens.device)
-        both = self.mamba.scan(torch.cat([tokens[:, there], tokens[:, other_there]]), backend=backend)
-        forward, backward = both.chunk(2)
-        return self.mamba.merge(forward[:, back] + backward[:, other_back])
+    def _plane_walks(self, f: int, h: int, w: int) -> tuple[Walks, Walks]:
+        """Both directions of the spiral over frame x width, for each row, and over frame x height, for each column."""
+        token = torch.arange(f * h * w, device="cpu").reshape(f, h, w)
+        planes = (rearrange(token, "f h w -> h (f w)"), rearrange(token, "f h w -> w (f h)"))
+        width, height = (
+            Walks(torch.stack([plane[:, order] for order in self._orders(f, plane.shape[1] // f)])) for plane in planes
+        )
+        return width, height
 
-    def _walks(self, rows: int, columns: int, device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Both directions of the spiral, each as the order of the walk and the way back into place."""
-        key = (rows, columns, device)
-        if key not in self._orders:  # indices go to the device once a shape, not once a step
-            spiral = spiral_order(rows, columns, self.spiral)
-            orders = (spiral, spiral[::-1])
-            if self.scan_order == "released":
-                # the released code gathers with the ranks of its walks: other walks, which are not connected
-                orders = (inverse_order(orders[0]), inverse_order(orders[1]))
-            # a tensor made under inference_mode could not be used in training later
-            with torch.inference_mode(False):
-                self._orders[key] = tuple(
-                    (torch.tensor(order, device=device), torch.tensor(inverse_order(order), device=device))
-                    for order in orders
-                )
-        return self._orders[key]
+    def _orders(self, rows: int, columns: int) -> tuple[list[int], list[int]]:
+        spiral = spiral_order(rows, columns, self.spiral)
+        orders = (spiral, spiral[::-1])
+        if self.scan_order == "released":
+            # the released code gathers with the ranks of its walks: other walks, which are not connected
+            orders = (inverse_order(orders[0]), inverse_order(orders[1]))
+        return list(orders[0]), list(orders[1])
 
 
 class TemporalMamba(nn.Module):
@@ -187,14 +198,14 @@ class TemporalMamba(nn.Module):
         super().__init__()
         self.directions = config.temporal_directions
         self.mamba = Mamba2(config)
+        self.walks = WalkTables(self._frame_walks)
 
     def forward(self, x: Float[Tensor, "b f h w d"], *, backend: str) -> Float[Tensor, "b f h w d"]:
-        b, _, h, w, _ = x.shape
-        tokens = self.mamba.project(rearrange(x, "b f h w d -> (b h w) f d"))
-        if self.directions == 2:
-            both = self.mamba.scan(torch.cat([tokens, tokens.flip(1)]), backend=backend)
-            forward, backward = both.chunk(2)
-            scanned = forward + backward.flip(1)
-        else:
-            scanned = self.mamba.scan(tokens, backend=backend)
-        return rearrange(self.mamba.merge(scanned), "(b h w) f d -> b f h w d", b=b, h=h, w=w)
+        f, h, w = x.shape[1:4]
+        (walks,) = self.walks(f, h, w, x.device)
+        mixed = self.mamba.mix(self.mamba.project(x).flatten(1, 3), walks, backend=backend)
+        return self.mamba.merge(mixed).reshape(x.shape)
+
+    def _frame_walks(self, f: int, h: int, w: int) -> tuple[Walks]:
+        frames = rearrange(torch.arange(f * h * w, device="cpu"), "(f n) -> n f", f=f)
+        return (Walks(torch.stack([frames, frames.flip(1)][: self.directions])),)

@@ -6,6 +6,7 @@ Axis letters: b batch, c channels, f frames, h height, w width (of latents, or o
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -156,6 +157,13 @@ class Denoiser(nn.Module):
                 step over 1000; one between two steps counts as the nearest.
             condition: Class of each condition; ``config.null_condition`` asks for none.
         """
+        x, embedding = self._embed(latents, t, condition)
+        for block in self.blocks:
+            x = block(x, embedding, self.backend)
+        return self._head(x, embedding)
+
+    def _embed(self, latents: Tensor, t: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens of all patches (b f h w d), and what modulates each frame (b f d)."""
         patch = self.config.patch_size
         x: Tensor = self.patch_in(rearrange(latents, "b c f (h p) (w q) -> b f h w (c p q)", p=patch, q=patch))
         x = x + self._positions_of(x)
@@ -164,11 +172,38 @@ class Denoiser(nn.Module):
             # defined at the steps 0 to 999 alone; 10 of them, over 1000 and times 1000 in float32, are no whole number
             time = time.round()
         features = sinusoids(time, TIME_FEATURES).to(x.dtype)
-        embedding = self.time_out(F.silu(self.time_in(features)))  # b f d
+        embedding: Tensor = self.time_out(F.silu(self.time_in(features)))
         for index, table in enumerate(self.conditions):
             embedding = embedding + table(condition[:, index])[:, None]
-        for block in self.blocks:
-            x = block(x, embedding, self.backend)
+        return x, embedding
+
+    def _head(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Prediction (b o f h w) of the last tokens."""
+        patch = self.config.patch_size
         shift, scale = self.modulation_out(embedding)
         x = self.patch_out(modulate(self.norm_out(x), shift, scale))
         return rearrange(x, "b f h w (c p q) -> b c f (h p) (w q)", p=patch, q=patch)
+
+    def compile_parts(self) -> None:
+        """Compile for inference on fixed shapes: ends and blocks apart, since all blocks then share one graph.
+
+        Call :meth:`make_tables` for each shape before it runs: tables made while tracing would be constants of each
+        block's own, and every block would compile anew (docs/experiments.md).
+        """
+        # intermediate results padded to round strides would be copied for the kernels of our own
+        options: dict[str, str | int | bool | Callable[..., object]] = {"comprehensive_padding": False}
+        self._embed = torch.compile(self._embed, dynamic=False, options=options)  # type: ignore[method-assign]
+        self._head = torch.compile(self._head, dynamic=False, options=options)  # type: ignore[method-assign]
+        for block in self.blocks:
+            block.compile(dynamic=False, options=options)
+
+    def make_tables(self, latent: tuple[int, int, int], device: torch.device) -> None:
+        """Make what depends on shapes alone for latents of (frames, height, width), if it is not there yet."""
+        f, h, w = latent[0], latent[1] // self.config.patch_size, latent[2] // self.config.patch_size
+        dtype = self.patch_in.weight.dtype
+        for module in self.modules():
+            if isinstance(module, SpatialMamba | TemporalMamba):
+                for walks in module.walks(f, h, w, device):
+                    walks.tiles(self.config.d_conv - 1)
+            elif isinstance(module, LocalAttention):
+                module.turns(h * w, device, dtype)

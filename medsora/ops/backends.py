@@ -28,13 +28,15 @@ INSTALL_KERNELS = "pip install --no-build-isolation 'medsora[kernels]'"
 OPERATORS = {
     "ssd": ("reference", "dual", "chunked", "mamba_ssm"),
     "selective_scan": ("reference", "chunked", "mamba_ssm"),
+    "mixer": ("reference", "dual", "chunked", "mamba_ssm", "fused"),
 }
-"""Back ends of each operator by name."""
+"""Back ends of each operator by name; all but the last of ``mixer`` are those of the ``ssd`` inside it."""
 
 # In float32 the SSD kernels multiply in tf32 (10 bits): whoever asks for float32 must ask for that by name.
 KERNEL_DTYPES = {
     "ssd": (torch.bfloat16, torch.float16),
     "selective_scan": (torch.bfloat16, torch.float16, torch.float32),
+    "mixer": (torch.bfloat16, torch.float16),
 }
 CPU = torch.device("cpu")
 
@@ -82,7 +84,10 @@ def _measured(operator: str, device_type: str, device_index: int | None) -> tupl
 
 @cache
 def _rows(operator: str, device_type: str, device_index: int | None) -> tuple[TableRow, ...]:
-    by_name = _TABLE.get((operator, device_type)) or _TABLE[operator, "cpu"]
+    by_name = _TABLE.get((operator, device_type))
+    if by_name is None and operator == "mixer":
+        return _rows("ssd", device_type, device_index)  # a mixer is as fast as the scan inside it
+    by_name = by_name or _TABLE[operator, "cpu"]
     if device_type == "cuda" and torch.cuda.is_available():
         name = torch.cuda.get_device_name(device_index)
         if name in by_name:

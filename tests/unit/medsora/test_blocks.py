@@ -10,6 +10,7 @@ from torch import Tensor
 from medsora.config import DenoiserConfig
 from medsora.models.blocks import LocalAttention, Mamba2, SpatialMamba, TemporalMamba
 from medsora.models.scans import inverse_order, spiral_order
+from medsora.ops import Walks
 
 CONFIG = DenoiserConfig(
     in_channels=4, out_channels=4, hidden_size=32, depth=1, d_state=8, headdim=16, temporal_directions=2
@@ -42,7 +43,8 @@ def naive_mamba(mamba: Mamba2, x: Tensor) -> Tensor:
 
 def test_mamba_equals_the_step_by_step_layer() -> None:
     mamba, x = Mamba2(CONFIG), torch.randn(11, 32)
-    ours = mamba.merge(mamba.scan(mamba.project(x[None]), backend="auto"))[0]
+    walks = Walks(torch.arange(11)[None, None])
+    ours = mamba.merge(mamba.mix(mamba.project(x[None]), walks, backend="auto"))[0]
     assert torch.allclose(ours.double(), naive_mamba(mamba, x), atol=1e-5)
 
 

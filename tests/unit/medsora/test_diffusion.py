@@ -8,13 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from medsora.diffusion.guidance import guided_velocity
+from medsora.diffusion.guidance import guided
 from medsora.diffusion.path import interpolate, to_data, to_noise, velocity_target
-from medsora.diffusion.samplers import SAMPLERS, sample_heun
+from medsora.diffusion.samplers import Step, euler_steps, heun_steps, sample
 from medsora.diffusion.schedule import timesteps
 from medsora.errors import GenerationCanceled
 
-samplers = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS.keys())
+PLANS = {"euler": euler_steps, "heun": heun_steps}
+plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+Plan = Callable[[Tensor], list[Step]]
 
 
 def latents() -> Tensor:
@@ -65,12 +67,12 @@ def test_bad_schedules_are_refused(num_steps: int, shift: float) -> None:
         timesteps(num_steps, shift=shift)
 
 
-@samplers
+@plans
 @settings(max_examples=25, deadline=None)
 @given(num_steps=st.integers(1, 60), shift=st.floats(0.2, 5))
-def test_oracle_velocity_gives_back_the_data(sampler: Callable[..., Tensor], num_steps: int, shift: float) -> None:
+def test_oracle_velocity_gives_back_the_data(plan: Plan, num_steps: int, shift: float) -> None:
     data, noise = latents(), latents()
-    result = sampler(lambda x, t: velocity_target(data, noise), noise, timesteps(num_steps, shift=shift))
+    result = sample(plan(timesteps(num_steps, shift=shift)), lambda x, t: velocity_target(data, noise), noise)
     assert torch.allclose(result, data, atol=1e-9)
 
 
@@ -80,7 +82,7 @@ def test_heun_is_second_order() -> None:
     exact = noise.item() / 2.718281828459045
 
     def error(name: str, num_steps: int) -> float:
-        return abs(SAMPLERS[name](lambda x, t: x, noise, timesteps(num_steps)).item() - exact)
+        return abs(sample(PLANS[name](timesteps(num_steps)), lambda x, t: x, noise).item() - exact)
 
     assert error("euler", 20) / error("euler", 40) == pytest.approx(2, rel=0.1)
     assert error("heun", 40) < error("euler", 40) / 10
@@ -94,16 +96,16 @@ def test_heun_averages_two_slopes_a_step_and_ends_with_an_euler_step() -> None:
         return 2 * x + t
 
     noise = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64)
-    result = sample_heun(velocity, noise, timesteps(2))
+    result = sample(heun_steps(timesteps(2)), velocity, noise)
     assert asked == [1.0, 0.5, 0.5]  # never at t = 0
     # first step: slopes 3 at 1 and -0.5 at 1 - 0.5 * 3; 1 - 0.5 * 1.25 = 0.375. Second: 0.375 - 0.5 * 1.25
     assert result.item() == pytest.approx(-0.25)
 
 
-@samplers
-def test_reports_every_step_and_stops_when_told(sampler: Callable[..., Tensor]) -> None:
+@plans
+def test_reports_every_step_and_stops_when_told(plan: Plan) -> None:
     seen: list[tuple[int, int]] = []
-    sampler(lambda x, t: x, latents(), timesteps(5), on_step=lambda done, total: seen.append((done, total)))
+    sample(plan(timesteps(5)), lambda x, t: x, latents(), on_step=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
 
     calls = []
@@ -116,15 +118,15 @@ def test_reports_every_step_and_stops_when_told(sampler: Callable[..., Tensor]) 
         raise GenerationCanceled
 
     with pytest.raises(GenerationCanceled):
-        sampler(velocity, latents(), timesteps(5), on_step=stop)
+        sample(plan(timesteps(5)), velocity, latents(), on_step=stop)
     assert 0.6 not in calls  # nothing of the third step was computed
 
 
-@samplers
-def test_sampling_leaves_the_noise_as_it_was(sampler: Callable[..., Tensor]) -> None:
+@plans
+def test_sampling_leaves_the_noise_as_it_was(plan: Plan) -> None:
     noise = latents()
     before = noise.clone()
-    sampler(lambda x, t: x, noise, timesteps(3))
+    sample(plan(timesteps(3)), lambda x, t: x, noise)
     assert torch.equal(noise, before)
 
 
@@ -134,9 +136,9 @@ def test_guidance_is_the_weighted_difference() -> None:
 
     condition, null = torch.tensor([[2], [3]]), torch.tensor([7])
     x = latents()
-    guided = guided_velocity(velocity, condition, null, 2.5)(x, 0.5)
+    leaning = guided(velocity, condition, null, 2.5)(x, 0.5)
     conditional, unconditional = velocity(x, 0.5, condition), velocity(x, 0.5, null.expand(2, 1))
-    assert torch.allclose(guided, unconditional + 2.5 * (conditional - unconditional))
+    assert torch.allclose(leaning, unconditional + 2.5 * (conditional - unconditional))
 
 
 def test_guidance_of_one_is_none_and_costs_nothing() -> None:
@@ -146,5 +148,5 @@ def test_guidance_of_one_is_none_and_costs_nothing() -> None:
         batches.append(len(x))
         return x
 
-    guided_velocity(velocity, torch.tensor([[0], [1]]), torch.tensor([2]), 1.0)(latents(), 0.5)
+    guided(velocity, torch.tensor([[0], [1]]), torch.tensor([2]), 1.0)(latents(), 0.5)
     assert batches == [2]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from medsora.checkpoint import load_checkpoint, write_tiny_checkpoint
-from medsora.diffusion.samplers import SAMPLERS
+from medsora.diffusion.samplers import SAMPLERS, Sampler, Step
 from medsora.errors import BackendError, CheckpointError, GenerationCanceled
 from medsora.pipeline import VideoPipeline, initial_noise
 from medsora.request import GenerationRequest, resolve_request
@@ -134,15 +134,15 @@ def test_the_samplers_state_has_at_least_float32(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, state: torch.dtype, guidance_scale: float
 ) -> None:
     dtypes: list[torch.dtype] = []
+    plan = SAMPLERS["euler"].steps(2)
 
-    def sample(velocity_fn: Any, noise: Tensor, timesteps: Tensor, **kwargs: Any) -> Tensor:
-        dtypes.extend([noise.dtype, velocity_fn(noise, 0.5).dtype])
-        result = SAMPLERS["heun"](velocity_fn, noise, timesteps, **kwargs)
-        dtypes.append(result.dtype)
+    def step(predict: Any, x: Tensor, *values: float) -> Tensor:
+        result = plan[0].function(predict, x, *values)
+        dtypes.extend([x.dtype, predict(x, 0.5).dtype, result.dtype])
         return result
 
     pipeline = VideoPipeline.from_checkpoint(checkpoint, dtype=dtype)
-    monkeypatch.setitem(SAMPLERS, "euler", sample)
+    monkeypatch.setitem(SAMPLERS, "euler", Sampler("velocity", lambda num_steps: [Step(step, (1.0, -1.0))]))
     pipeline([ask(pipeline, 1, guidance_scale=guidance_scale)])
     assert dtypes == [state] * 3
 

@@ -1,0 +1,149 @@
+"""CUDA graphs: a step of the sampler, or a decode, recorded once a shape and then replayed as one launch.
+
+Every graph reads and writes buffers of its own shape, and all of them share one pool of memory: only one runs at a
+time, and nothing that one leaves in the pool is read after another has run. Whoever calls holds a lock.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from medsora.diffusion.guidance import guided
+from medsora.diffusion.samplers import OnStep, Step
+
+__all__ = ["GraphedFunction", "GraphedMap", "GraphedSampler"]
+
+WARM_UP_RUNS = 2
+"""Runs before the recording: kernels are compiled and tuned, and workspaces allocated, in them."""
+
+PredictFn = Callable[[Tensor, Any, Tensor], Tensor]
+
+
+class GraphedFunction:
+    """``function()`` on buffers that stay where they are, recorded; :meth:`replay` runs it again."""
+
+    def __init__(self, function: Callable[[], Any], *, pool: Any) -> None:
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP_RUNS):
+                function()
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self.output = function()  # overwritten by every replay, of this graph or of another in its pool
+
+    def replay(self) -> Any:
+        """Run it on what the buffers hold now; returns what it returned, without waiting for it."""
+        self._graph.replay()
+        return self.output
+
+
+class GraphedMap:
+    """A function of one tensor by graphs, one for each shape; made when first needed."""
+
+    def __init__(self, function: Callable[[Tensor], Any], *, pool: Any) -> None:
+        self._function, self._pool = function, pool
+        self._graphs: dict[torch.Size, tuple[GraphedFunction, Tensor]] = {}
+
+    def __call__(self, value: Tensor) -> Any:
+        """``function(value)``; copy what it returns, or be done with it before the next call."""
+        if value.shape not in self._graphs:
+            buffer = value.clone()
+            graph = GraphedFunction(lambda: self._function(buffer), pool=self._pool)
+            self._graphs[value.shape] = (graph, buffer)
+        graph, buffer = self._graphs[value.shape]
+        buffer.copy_(value)
+        return graph.replay()
+
+
+class _Buffers:
+    """What the steps of one shape read and write."""
+
+    def __init__(self, noise: Tensor, condition: Tensor) -> None:
+        self.x, self.fresh_noise = torch.empty_like(noise), torch.zeros_like(noise)
+        self.condition = torch.empty_like(condition)
+        self.guidance_scale = torch.ones((), device=noise.device)
+
+
+class GraphedSampler:
+    """Runs plans of steps by graphs, one for each kind of step and shape; made when first needed."""
+
+    def __init__(self, predict: PredictFn, null_condition: Int[Tensor, " k"], *, pool: Any) -> None:
+        """
+        Args:
+            predict: ``(x, t, condition) -> prediction``; ``t`` is a 0-d tensor.
+        """
+        self._predict, self._null_condition, self._pool = predict, null_condition, pool
+        self._buffers: dict[tuple[Any, ...], _Buffers] = {}
+        self._graphs: dict[tuple[Any, ...], tuple[GraphedFunction, Tensor]] = {}
+
+    def sample(
+        self,
+        steps: Sequence[Step],
+        noise: Float[Tensor, "b c f h w"],
+        condition: Int[Tensor, "b k"],
+        guidance_scale: float,
+        *,
+        draw_noise: Callable[[int], Tensor] | None = None,
+        on_step: OnStep | None = None,
+    ) -> Float[Tensor, "b c f h w"]:
+        """Carry noise through a plan; as :func:`medsora.diffusion.samplers.sample`, with guidance built in.
+
+        The host stays one step ahead of the device, so ``on_step`` is called while the next step runs; an exception
+        raised in it lets that step run out.
+
+        Returns:
+            The buffer of this shape: copy it, or be done with it before the next call.
+        """
+        is_guided = guidance_scale != 1
+        key = (tuple(noise.shape), is_guided)
+        if key not in self._buffers:
+            self._buffers[key] = _Buffers(noise, condition)
+        buffers = self._buffers[key]
+        graphs = [self._graph(step, key) for step in steps]
+        width = max(len(step.values) for step in steps)
+        rows = torch.tensor([(*step.values, *[0.0] * (width - len(step.values))) for step in steps])
+        plan = rows.pin_memory().to(noise.device, non_blocking=True)
+        buffers.x.copy_(noise)
+        buffers.condition.copy_(condition)
+        buffers.guidance_scale.fill_(guidance_scale)
+        finished: list[torch.cuda.Event] = []
+        for number, (step, (graph, values)) in enumerate(zip(steps, graphs, strict=True)):
+            values.copy_(plan[number, : len(values)])
+            if step.draws_noise:
+                if draw_noise is None:
+                    raise ValueError("this sampler draws noise at every step: draw_noise must be given")
+                buffers.fresh_noise.copy_(draw_noise(number), non_blocking=True)
+            graph.replay()
+            if on_step is not None:
+                finished.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
+                finished[-1].record()
+                if number:
+                    finished[number - 1].synchronize()
+                    on_step(number, len(steps))
+        if on_step is not None:
+            finished[-1].synchronize()
+            on_step(len(steps), len(steps))
+        return buffers.x
+
+    def _graph(self, step: Step, key: tuple[Any, ...]) -> tuple[GraphedFunction, Tensor]:
+        """The recorded step of this kind and shape, and the buffer of its values."""
+        graph_key = (step.function, *key)
+        if graph_key not in self._graphs:
+            buffers, is_guided = self._buffers[key], key[-1]
+            values = torch.tensor(step.values, device=buffers.x.device)
+            scale = buffers.guidance_scale if is_guided else 1.0
+            predict = guided(self._predict, buffers.condition, self._null_condition, scale)
+            fresh = {"noise": buffers.fresh_noise} if step.draws_noise else {}
+            buffers.x.zero_()
+            buffers.condition.copy_(self._null_condition.expand_as(buffers.condition))
+
+            def run() -> None:
+                buffers.x.copy_(step.function(predict, buffers.x, *values.unbind(), **fresh))
+
+            self._graphs[graph_key] = (GraphedFunction(run, pool=self._pool), values)
+        return self._graphs[graph_key]
