@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import custom_op
 
 from medsora.ops.walks import Walks
 
@@ -269,7 +269,15 @@ def _heads(  # type: ignore[no-untyped-def]
         tl.store(squares + out_row * HEADS + (rows * HEADS + head), tl.sum(result * result, axis=1), mask=is_real)
 
 
-@triton_op("medsora::gated_scans", mutates_args=())
+def _outputs(projected: Tensor, *, num_walks: int, num_heads: int, convolved: int) -> tuple[Tensor, Tensor]:
+    batch, num_tokens, width = projected.shape
+    gated = projected.new_empty(num_walks, batch, num_tokens, width - convolved - num_heads)
+    squares = projected.new_empty(num_walks, batch, num_tokens, num_heads, dtype=torch.float32)
+    return gated, squares
+
+
+# opaque to the compiler: its analysis of what a kernel writes gives up at inline assembly, and copies every input
+@custom_op("medsora::gated_scans", mutates_args=())
 def _gated_scans(
     projected: Tensor,
     tokens: Tensor,
@@ -292,7 +300,7 @@ def _gated_scans(
     scores = projected.new_empty(num_walks, tiles, size, size, dtype=torch.float32)
     decays = projected.new_empty(num_walks, tiles, num_heads, size, dtype=torch.float32)
     steps = projected.new_empty(tiles, num_heads, size, dtype=torch.float32)
-    wrap_triton(_scores)[(tiles, num_walks)](
+    _scores[(tiles, num_walks)](
         projected,
         tokens,
         ranks,
@@ -319,9 +327,8 @@ def _gated_scans(
         num_warps=4 if size <= 64 else 8,
         num_stages=1,
     )
-    gated = projected.new_empty(num_walks, batch, num_tokens, d_inner)
-    squares = projected.new_empty(num_walks, batch, num_tokens, num_heads, dtype=torch.float32)
-    wrap_triton(_heads)[(tiles, num_heads)](
+    gated, squares = _outputs(projected, num_walks=num_walks, num_heads=num_heads, convolved=conv_weight.shape[1])
+    _heads[(tiles, num_heads)](
         projected,
         tokens,
         previous,
@@ -349,6 +356,22 @@ def _gated_scans(
         num_stages=1,
     )
     return gated, squares
+
+
+@_gated_scans.register_fake
+def _gated_scans_shapes(
+    projected: Tensor,
+    tokens: Tensor,
+    ranks: Tensor,
+    previous: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    length: int,
+) -> tuple[Tensor, Tensor]:
+    return _outputs(projected, num_walks=ranks.shape[0], num_heads=A_log.shape[0], convolved=conv_weight.shape[1])
 
 
 def gated_scans(projected: Tensor, walks: Walks, weights: "MixerWeights") -> tuple[Tensor, Tensor]:

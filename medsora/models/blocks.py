@@ -60,7 +60,10 @@ class LocalAttention(nn.Module):
         position = torch.arange(x.shape[1], device=x.device)
         near = (position[:, None] - position).abs() <= self.window
         of_query, of_key = self.turns(x.shape[1], x.device, x.dtype)
-        query, key, value = rotate(self.query(x), of_query), rotate(self.key(x), of_key), self.value(x)
+        # one product for all three: more of a GPU's rate, and fewer launches
+        together = F.linear(x, torch.cat([self.query.weight, self.key.weight, self.value.weight]))
+        query, key, value = together.chunk(3, dim=-1)
+        query, key = rotate(query, of_query), rotate(key, of_key)
         # the middle axis is the single head, which the fused kernels expect
         mixed = F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None], attn_mask=near)
         return mixed[:, 0]
@@ -164,10 +167,9 @@ class SpatialMamba(nn.Module):
     def forward(self, x: Float[Tensor, "b f h w d"], *, backend: str) -> Float[Tensor, "b f h w d"]:
         f, h, w = x.shape[1:4]
         tokens = self.mamba.project(x).flatten(1, 3)
-        over_width, over_height = (
-            self.mamba.merge(self.mamba.mix(tokens, plane, backend=backend)) for plane in self.walks(f, h, w, x.device)
-        )
-        fused = (
+        mixed = [self.mamba.mix(tokens, plane, backend=backend) for plane in self.walks(f, h, w, x.device)]
+        over_width, over_height = self.mamba.merge(torch.stack(mixed)).unbind()
+        fused: Tensor = (
             torch.sigmoid(self.gate_width(over_width)) * over_width
             + torch.sigmoid(self.gate_height(over_height)) * over_height
         )
