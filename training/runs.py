@@ -170,7 +170,7 @@ def train_denoiser(
     torch.manual_seed(step_seed(config.loop.seed, -1))
     model = Denoiser(config.model.denoiser).to(device)
     _start_from(model, initial)
-    task = DenoiserTask(config, model, latents["train"], latents["test"])
+    task = DenoiserTask(config, model, latents["train"], latents["test"], clips=splits["train"])
     result = train(
         task, config, directory, device=device, is_resuming=is_resuming, time_budget_s=time_budget_s,
         started=started, report=report,

@@ -19,6 +19,7 @@ from medsora.video_io import from_uint8
 from training.config import TrainConfig
 from training.data.clips import ClipSet, index_batches, sampling_weights
 from training.data.latents import LatentSet
+from training.distributed import Share
 from training.errors import TrainingError
 from training.metrics import Reconstruction, measure_reconstruction
 from training.objective import (
@@ -44,11 +45,32 @@ class Task(Protocol):
     def model(self) -> nn.Module:
         """The network whose parameters are trained."""
 
+    def auxiliary(self) -> dict[str, nn.Module]:
+        """Networks trained beside the model, by name: a projector, a discriminator; empty for none.
+
+        Each has an optimizer of its own that descends the same loss. A discriminator therefore adds its own term
+        to the loss, on detached videos, and the model's adversarial term goes through detached weights of the
+        discriminator. They are saved and resumed, but neither averaged nor exported.
+        """
+
+    def take_share(self, share: Share) -> None:
+        """From now on compute the loss of this process's share of each batch only."""
+
     def compile(self) -> None:
         """Compile the network's forward pass from now on."""
 
-    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Draw a batch, return the loss to minimise and its parts (detached) for the log."""
+    def loss(self, generator: torch.Generator, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Draw a batch, return the loss to minimise and its parts (detached) for the log.
+
+        The whole batch is drawn whatever the share, so that it is the same one for any number of processes; the
+        loss is a mean over clips, so that the mean of the shares' losses is the batch's.
+
+        Args:
+            step: Steps done before this one.
+        """
+
+    def describe(self, generator: torch.Generator) -> list[str]:
+        """Say which clips and frames this process's share holds of the batch that :meth:`loss` draws."""
 
     def evaluate(self, average: nn.Module) -> dict[str, float]:
         """Figures of the averaged network on the test split."""
@@ -85,17 +107,38 @@ class AutoencoderTask:
                 "or set autoencoder_loss.perceptual=0"
             )
         self._forward: Forward = AutoencoderModule(self.model)
+        self._share = Share()
         self._weights = sampling_weights(self.train.conditions, self.config.data.sampling_exponent)
+
+    def auxiliary(self) -> dict[str, nn.Module]:
+        return {}
+
+    def take_share(self, share: Share) -> None:
+        self._share = share
 
     def compile(self) -> None:
         self._forward = cast(Forward, torch.compile(AutoencoderModule(self.model), dynamic=False))
 
-    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        weights, size = self.config.autoencoder_loss, self.config.loop.batch_size
+    def _draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Which windows the whole batch holds, and which of them are mirrored."""
+        size = self.config.loop.batch_size
         indices = torch.multinomial(self._weights, size, replacement=True, generator=generator)
         flips = torch.rand(size, generator=generator, device=generator.device) < (0.5 * self.config.data.has_flips)
-        video = from_uint8(self.train.gather(indices, flips))
-        noise = torch.randn(self._latent_shape(video), generator=generator, device=generator.device)
+        return indices, flips
+
+    def describe(self, generator: torch.Generator) -> list[str]:
+        indices, flips = (self._share.of(drawn).tolist() for drawn in self._draw(generator))
+        return [
+            self.train.describe(index) + (", mirrored" if is_flipped else "")
+            for index, is_flipped in zip(indices, flips, strict=True)
+        ]
+
+    def loss(self, generator: torch.Generator, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        weights = self.config.autoencoder_loss
+        indices, flips = self._draw(generator)
+        video = from_uint8(self.train.gather(self._share.of(indices), self._share.of(flips)))
+        shape = (self.config.loop.batch_size, *self._latent_shape(video)[1:])
+        noise = self._share.of(torch.randn(shape, generator=generator, device=generator.device))
         reconstruction, mean, logvar = self._forward(video, noise)
         reconstruction = reconstruction.float()
         parts = {
@@ -118,7 +161,8 @@ class AutoencoderTask:
         """Perceptual distance of some frames of every clip."""
         b, _, f, _, _ = video.shape
         count = min(self.config.autoencoder_loss.perceptual_frames, f)
-        order = torch.rand(b, f, generator=generator, device=generator.device).argsort(dim=1)[:, :count]
+        draws = torch.rand(self.config.loop.batch_size, f, generator=generator, device=generator.device)
+        order = self._share.of(draws).argsort(dim=1)[:, :count]
         rows = torch.arange(b, device=video.device)[:, None]
 
         def frames(clip: Tensor) -> Tensor:
@@ -156,16 +200,26 @@ class DenoiserTask:
 
     Args:
         train, test: Latents on the training device.
+        clips: Those that ``train`` was encoded from, to name windows; twice in it when mirrored ones follow.
     """
 
-    def __init__(self, config: TrainConfig, model: Denoiser, train: LatentSet, test: LatentSet) -> None:
-        self.config, self._model, self.train, self.test = config, model, train, test
+    def __init__(
+        self, config: TrainConfig, model: Denoiser, train: LatentSet, test: LatentSet, *, clips: ClipSet
+    ) -> None:
+        self.config, self._model, self.train, self.test, self.clips = config, model, train, test, clips
         self._forward: Forward = model
+        self._share = Share()
         self._weights = sampling_weights(train.conditions, config.data.sampling_exponent)
 
     @property
     def model(self) -> Denoiser:
         return self._model
+
+    def auxiliary(self) -> dict[str, nn.Module]:
+        return {}
+
+    def take_share(self, share: Share) -> None:
+        self._share = share
 
     def compile(self) -> None:
         # Block by block: all blocks share one graph, which takes a sixth of the time that the unrolled network
@@ -175,9 +229,20 @@ class DenoiserTask:
         for block in self._model.blocks:
             block.compile(dynamic=False)
 
-    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def _draw(self, generator: torch.Generator) -> Tensor:
+        """Which windows the whole batch holds."""
+        return torch.multinomial(self._weights, self.config.loop.batch_size, replacement=True, generator=generator)
+
+    def describe(self, generator: torch.Generator) -> list[str]:
+        windows = len(self.clips)
+        return [
+            self.clips.describe(index % windows) + (", mirrored" if index >= windows else "")
+            for index in self._share.of(self._draw(generator)).tolist()
+        ]
+
+    def loss(self, generator: torch.Generator, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         settings = self.config.denoiser_loss
-        indices = torch.multinomial(self._weights, self.config.loop.batch_size, replacement=True, generator=generator)
+        indices = self._draw(generator)
         sample = draw_flow_sample(
             self.train.latents[indices].float(),
             self.train.conditions[indices],
@@ -187,8 +252,9 @@ class DenoiserTask:
             label_dropout=settings.label_dropout,
             generator=generator,
         )
-        velocity = cast(Tensor, self._forward(sample.noisy, sample.t, sample.condition))
-        loss = flow_matching_loss(velocity, sample.target)
+        noisy, t, condition = (self._share.of(drawn) for drawn in (sample.noisy, sample.t, sample.condition))
+        velocity = cast(Tensor, self._forward(noisy, t, condition))
+        loss = flow_matching_loss(velocity, self._share.of(sample.target))
         return loss, {"velocity_mse": loss.detach()}
 
     @torch.no_grad()

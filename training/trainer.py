@@ -208,7 +208,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             with torch.autocast(device.type, torch.bfloat16, enabled=loop.precision == "bf16"):
-                loss, parts = task.loss(generator)
+                loss, parts = task.loss(generator, step)
             loss.backward()  # type: ignore[no-untyped-call]
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)
             guard.observe(step, loss, norm)

@@ -43,6 +43,13 @@ class ClipSet:
     def __len__(self) -> int:
         return int(self.starts.shape[0])
 
+    def describe(self, index: int) -> str:
+        """Name a window: ``clip.mp4 frames 30 to 60 by 2`` (counted from 0, both ends included)."""
+        clip, stride = int(self.clips[index]), int(self.strides[index])
+        first = int(self.starts[index]) - sum(record.frames for record in self.records[:clip])
+        last = first + stride * (self.num_frames - 1)
+        return f"{self.records[clip].file} frames {first} to {last}" + (f" by {stride}" if stride > 1 else "")
+
     def gather(self, indices: Tensor, flips: Tensor) -> Tensor:
         """Cut windows out of the frames.
 

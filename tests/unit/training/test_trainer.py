@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from training.checkpointing import load_newest
 from training.config import OptimizerConfig, TrainConfig, override
+from training.distributed import Share
 from training.errors import NonFiniteError, TrainingError
 from training.recipes import recipe
 from training.runs import load_result, train_autoencoder, train_denoiser
@@ -34,7 +35,16 @@ class Regression:
     def compile(self) -> None:
         raise AssertionError("not asked for")
 
-    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def auxiliary(self) -> dict[str, nn.Module]:
+        return {}
+
+    def take_share(self, share: Share) -> None:
+        raise AssertionError("there is one process")
+
+    def describe(self, generator: torch.Generator) -> list[str]:
+        return []
+
+    def loss(self, generator: torch.Generator, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         x = torch.randn(16, 4, generator=generator)
         loss = (self.model(x)[:, 0] - x.sum(dim=1)).square().mean()
         if self.calls == self.poison_at:
