@@ -300,6 +300,7 @@ def _gated_scans(
     D: Tensor,
     length: int,
 ) -> tuple[Tensor, Tensor]:
+    projected = projected.contiguous()  # the kernels count in its rows, and a compiler may pad them
     batch, num_tokens, width = projected.shape
     num_walks, num_tiles, size = ranks.shape
     taps, num_heads = conv_weight.shape[0], A_log.shape[0]
@@ -397,7 +398,7 @@ def gated_scans(projected: Tensor, walks: Walks, weights: "MixerWeights") -> tup
     gated: Tensor
     squares: Tensor
     gated, squares = _gated_scans(
-        projected.contiguous(),
+        projected,
         tiles.tokens,
         tiles.ranks,
         tiles.previous,
