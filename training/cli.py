@@ -1,6 +1,11 @@
-"""``medsora-train``: autoencoder, denoiser, evaluate, export. Torch is loaded only by a command that runs."""
+"""``medsora-train``: autoencoder, denoiser, evaluate, export. Torch is loaded only by a command that runs.
+
+A training command ends with status 0 when the run is finished or its time budget is used, with 143 or 130 when SIGTERM
+or SIGINT stopped it (what there is, is saved), and with 1 when it failed.
+"""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +36,7 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Replace a field of the recipe: loop.batch_size=32. Repeatable.")
 ]
 SqueezeOption = Annotated[Path | None, typer.Option(help="SqueezeNet 1.0 weights, Caffe layer names.")]
+AVERAGE_HELP = "Average of the weights: ema-HALFLIFE or best, as result.json lists them; default its first."
 BudgetOption = Annotated[
     float | None,
     typer.Option(help="Stop and save after so many seconds, counted from the start of the process.", min=1.0),
@@ -51,6 +57,7 @@ def autoencoder_command(
 ) -> None:
     """Train an autoencoder."""
     config = _configure(name, settings)
+    from training.distributed import join
     from training.runs import load_autoencoder, train_autoencoder
     from training.squeezenet import load_squeezenet
 
@@ -58,18 +65,21 @@ def autoencoder_command(
     network = None
     if squeezenet is not None and config.autoencoder_loss.perceptual > 0:
         network = load_squeezenet(squeezenet, device=place)
-    train_autoencoder(
-        config,
-        out,
-        table=data,
-        squeezenet=network,
-        device=place,
-        initial=None if init is None else load_autoencoder(init)[0].state_dict(),
-        is_resuming=resume,
-        time_budget_s=time_budget_s,
-        started=STARTED,
-        report=_report,
-    )
+    with join(place, config.loop.distributed) as processes:
+        result = train_autoencoder(
+            config,
+            out,
+            table=data,
+            squeezenet=network,
+            device=place,
+            processes=processes,
+            initial=None if init is None else load_autoencoder(init)[0].state_dict(),
+            is_resuming=resume,
+            time_budget_s=time_budget_s,
+            started=STARTED,
+            report=_report if processes.is_first else _keep_quiet,
+        )
+    _exit(result.signal_number)
 
 
 @app.command("denoiser")
@@ -78,6 +88,7 @@ def denoiser_command(
     data: DataOption,
     autoencoder: Annotated[Path, typer.Option(help="Folder of the autoencoder's run, or a checkpoint.")],
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    autoencoder_ema: Annotated[str | None, typer.Option(help=f"Of the autoencoder's run. {AVERAGE_HELP}")] = None,
     settings: SetOption = None,
     init: Annotated[Path | None, typer.Option(help="Start from the weights of this run or checkpoint.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")] = False,
@@ -86,20 +97,26 @@ def denoiser_command(
 ) -> None:
     """Train a denoiser on the latents of an autoencoder."""
     config = _configure(name, settings)
+    from training.distributed import join
     from training.runs import load_denoiser_weights, train_denoiser
 
-    train_denoiser(
-        config,
-        out,
-        table=data,
-        autoencoder=autoencoder,
-        device=_device(device),
-        initial=None if init is None else load_denoiser_weights(init),
-        is_resuming=resume,
-        time_budget_s=time_budget_s,
-        started=STARTED,
-        report=_report,
-    )
+    place = _device(device)
+    with join(place, config.loop.distributed) as processes:
+        result = train_denoiser(
+            config,
+            out,
+            table=data,
+            autoencoder=autoencoder,
+            autoencoder_average=autoencoder_ema,
+            device=place,
+            processes=processes,
+            initial=None if init is None else load_denoiser_weights(init),
+            is_resuming=resume,
+            time_budget_s=time_budget_s,
+            started=STARTED,
+            report=_report if processes.is_first else _keep_quiet,
+        )
+    _exit(result.signal_number)
 
 
 @app.command("evaluate")
@@ -139,6 +156,7 @@ def export_command(
     autoencoder: Annotated[Path, typer.Option(help="Folder of the autoencoder's run, or the checkpoint it is from.")],
     denoiser: Annotated[Path, typer.Option(help="Folder of the denoiser's run.")],
     out: Annotated[Path, typer.Option(help="Checkpoint directory to write; an old checkpoint there is replaced.")],
+    ema: Annotated[str | None, typer.Option(help=f"Of the denoiser's run. {AVERAGE_HELP}")] = None,
     name: Annotated[str, typer.Option(help="Name of the checkpoint.")] = "lung-ultrasound-small",
     report: Annotated[Path | None, typer.Option(help="report.json of an evaluation, for the manifest.")] = None,
     steps: Annotated[int, typer.Option(help="Default number of sampling steps.", min=1, max=250)] = 30,
@@ -161,6 +179,7 @@ def export_command(
         out,
         autoencoder_run=autoencoder,
         denoiser_run=denoiser,
+        average=ema,
         name=name,
         metrics=metrics,
         sampling=Sampling(num_inference_steps=(1, steps, 250), guidance_scale=(1.0, guidance, 8.0), samplers=samplers),
@@ -181,6 +200,8 @@ def _device(name: str) -> Any:
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # the GPU that torchrun gave to this process
     try:
         place = torch.device(name)
         torch.zeros(1, device=place)
@@ -194,6 +215,16 @@ def _device(name: str) -> Any:
 
 def _report(text: str) -> None:
     typer.echo(f"[{time.monotonic() - STARTED:7.1f} s] {text}")
+
+
+def _keep_quiet(text: str) -> None:
+    """What the first of several processes reports, the others need not."""
+
+
+def _exit(signal_number: int) -> None:
+    """End with the status that says which signal stopped the run, if any."""
+    if signal_number:
+        raise typer.Exit(128 + signal_number)
 
 
 def main() -> None:

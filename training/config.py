@@ -29,11 +29,14 @@ PARTS = ("autoencoder", "denoiser")
 SCHEDULES = ("constant", "cosine")
 CLOCKS = ("steps", "seconds")
 PRECISIONS = ("fp32", "bf16")
+BESTS = ("least", "most")
+STRATEGIES = ("auto", "ddp", "fsdp")
 
 RESUMABLE = frozenset(
     f"loop.{name}"
     for name in (
-        "steps", "total_seconds", "log_every", "checkpoint_every", "evaluate_every", "keep_checkpoints", "compile"
+        "steps", "total_seconds", "log_every", "checkpoint_every", "evaluate_every", "keep_checkpoints", "compile",
+        "distributed", "best_metric", "best",
     )
 )  # fmt: skip
 """Fields that may change between the legs of one run: they do not change what a step computes, except that
@@ -113,7 +116,9 @@ class LoopConfig:
     batch_size: int = 16
     """Clips a step."""
     seed: int = 0
-    ema_decay: float = 0.999
+    ema_half_lives: tuple[float, ...] = (700.0,)
+    """Averages of the weights that are kept, by their half-life in steps. The first is the one that is shown,
+    compared and, unless another is chosen at export, shipped."""
     precision: str = "bf16"
     """``bf16`` autocast, or ``fp32``."""
     compile: bool = False
@@ -122,6 +127,13 @@ class LoopConfig:
     checkpoint_every: int = 1000
     evaluate_every: int = 1000
     keep_checkpoints: int = 2
+    """Newest checkpoints that stay; the best one stays besides."""
+    best_metric: str | None = None
+    """Figure of the evaluation by which the best checkpoint is kept, e.g. ``test_velocity_mse``; None keeps none."""
+    best: str = "least"
+    """Whether the ``least`` or the ``most`` of it is best."""
+    distributed: str = "auto"
+    """``ddp``, ``fsdp``, or ``auto``: ddp where torchrun started several processes."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "checkpoint_every", "evaluate_every"):
@@ -140,7 +152,16 @@ class LoopConfig:
             self.total_seconds is None or self.total_seconds > 0,
             f"loop.total_seconds must be above 0, got {self.total_seconds}",
         )
-        _require(0 <= self.ema_decay < 1, f"loop.ema_decay must be in [0, 1), got {self.ema_decay}")
+        _require(
+            len(self.ema_half_lives) > 0
+            and all(half_life > 0 for half_life in self.ema_half_lives)
+            and len({f"{half_life:g}" for half_life in self.ema_half_lives}) == len(self.ema_half_lives),
+            f"loop.ema_half_lives must be different numbers of steps above 0, at least one; got {self.ema_half_lives}",
+        )
+        _require(self.best in BESTS, f"loop.best must be one of {BESTS}, got {self.best!r}")
+        _require(
+            self.distributed in STRATEGIES, f"loop.distributed must be one of {STRATEGIES}, got {self.distributed!r}"
+        )
         _require(self.precision in PRECISIONS, f"loop.precision must be one of {PRECISIONS}, got {self.precision!r}")
 
 

@@ -1,35 +1,68 @@
-"""Exponential moving average of a network's weights: what is evaluated and exported."""
+"""Exponential moving averages of a network's weights: what is evaluated and exported.
 
-import copy
+Several are kept, each with its own half-life, because nobody knows before the end which one is best.
+"""
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ExponentialMovingAverage"]
+from training.distributed import local_part, part_like, whole_like
+
+__all__ = ["Averages", "average_name"]
 
 
-class ExponentialMovingAverage:
-    """A second copy of a network that follows the trained one.
+def average_name(half_life: float) -> str:
+    """Name of the average with a half-life in steps: ``ema-500``."""
+    return f"ema-{half_life:g}"
 
-    Parameters are averaged; buffers (batch-norm statistics, which are averages already) are copied.
+
+class Averages:
+    """Averages that follow a network's parameters.
+
+    Buffers are not averaged: batch-norm statistics are averages already, and the network's own go with each.
 
     Args:
-        model: The trained network (not its compiled wrapper).
-        decay: Share of the old average that stays at each step, in [0, 1). Early on
-            ``(1 + step) / (10 + step)`` where that is less, so that the random start is soon forgotten.
+        model: The trained network, as it is trained (cut over processes, if it is).
+        half_lives: In steps: after so many, a weight counts half in that average. Early on an average keeps
+            ``(1 + step) / (10 + step)`` of itself at a step where that is less than its half-life asks for, so
+            that the random start is soon forgotten.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._averages: list[Tensor] = list(self.model.parameters())
-        self._sources: list[Tensor] = list(model.parameters())
-        self._buffers: list[tuple[Tensor, Tensor]] = list(zip(self.model.buffers(), model.buffers(), strict=True))
+    def __init__(self, model: nn.Module, half_lives: Sequence[float]) -> None:
+        self._sources: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self._decays = {average_name(half_life): 0.5 ** (1.0 / half_life) for half_life in half_lives}
+        self._parts = {
+            name: [local_part(source.detach()).clone() for source in self._sources.values()] for name in self._decays
+        }
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """In the order of the half-lives."""
+        return tuple(self._decays)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move towards the trained network; ``step`` counts from 0."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._averages, self._sources, 1.0 - decay)
-        for average, source in self._buffers:
-            average.copy_(source)
+        sources = [local_part(source.detach()) for source in self._sources.values()]
+        for name, decay in self._decays.items():
+            torch._foreach_lerp_(self._parts[name], sources, 1.0 - min(decay, (1 + step) / (10 + step)))
+
+    def whole(self, name: str) -> dict[str, Tensor]:
+        """One average, by parameter; where the network is cut all processes must ask for it."""
+        return {
+            parameter: whole_like(part, source.detach())
+            for (parameter, source), part in zip(self._sources.items(), self._parts[name], strict=True)
+        }
+
+    @torch.no_grad()
+    def load(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over what :meth:`whole` gave, for every average.
+
+        Raises:
+            KeyError: An average or a parameter is not among what was saved.
+        """
+        for name, parts in self._parts.items():
+            for (parameter, source), part in zip(self._sources.items(), parts, strict=True):
+                part.copy_(local_part(part_like(saved[name][parameter], source.detach())))

@@ -91,6 +91,7 @@ def export_checkpoint(
     *,
     autoencoder_run: Path,
     denoiser_run: Path,
+    average: str | None = None,
     name: str,
     licence: str = "CC BY 4.0",
     metrics: dict[str, Any] | None = None,
@@ -100,7 +101,9 @@ def export_checkpoint(
 
     Args:
         directory: Must not exist, or hold a checkpoint (a folder with a ``manifest.json``), which is replaced.
-        autoencoder_run: Folder of the run; or of the checkpoint whose autoencoder the denoiser was trained on.
+        autoencoder_run: Folder of the run; or of the checkpoint whose autoencoder the denoiser was trained on. Of the
+            run's averages the one is taken that the denoiser was trained on.
+        average: Which of the denoiser's averages; default its first.
         licence: Of the weights.
         metrics: Figures for the manifest, e.g. of :mod:`training.evaluate`.
 
@@ -108,8 +111,8 @@ def export_checkpoint(
         TrainingError: The runs do not belong together, the folder is something else, or the round trip
             changed a weight.
     """
-    coder, digest, coder_summary = _autoencoder(autoencoder_run)
-    denoiser = load_result(denoiser_run, part="denoiser")
+    denoiser = load_result(denoiser_run, part="denoiser", average=average)
+    coder, digest, coder_summary = _autoencoder(autoencoder_run, denoiser.about.get("autoencoder_sha256"))
     if denoiser.about.get("autoencoder_sha256") != digest:
         raise TrainingError(f"the denoiser in {denoiser_run} was not trained on the autoencoder in {autoencoder_run}")
     if directory.exists() and not (directory / "manifest.json").is_file() and any(directory.iterdir()):
@@ -133,8 +136,12 @@ def export_checkpoint(
     return written
 
 
-def _autoencoder(path: Path) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
-    """Weights, hash of their file, and how they were trained; of a run or of an earlier checkpoint."""
+def _autoencoder(path: Path, wanted: str | None) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
+    """Weights, hash of their file, and how they were trained; of a run or of an earlier checkpoint.
+
+    Args:
+        wanted: Hash by which one of a run's averages is chosen; the first where none has it.
+    """
     if (path / "manifest.json").is_file():
         loaded = load_checkpoint(path)
         if loaded.autoencoder is None:
@@ -144,6 +151,9 @@ def _autoencoder(path: Path) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
         summary = loaded.manifest.training.get("autoencoder", {})
         return weights, loaded.manifest.files["autoencoder.safetensors"].sha256, summary
     result = load_result(path, part="autoencoder")
+    for name, average in result.about["averages"].items():
+        if average["sha256"] == wanted:
+            result = load_result(path, part="autoencoder", average=name)
     return result.weights, result.about["sha256"], _run_summary(result)
 
 
@@ -208,7 +218,7 @@ def _run_summary(result: RunResult) -> dict[str, Any]:
         "batch_size": loop.batch_size,
         "learning_rate": result.config.optimizer.learning_rate,
         "seed": loop.seed,
-        "ema_decay": loop.ema_decay,
+        "average": result.average,
         "precision": loop.precision,
         "metrics": result.about["metrics"],
     }

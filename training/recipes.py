@@ -44,7 +44,12 @@ def autoencoder_small() -> TrainConfig:
         data=replace(LUNG_DATA, sampling_exponent=0.75),
         optimizer=OptimizerConfig(learning_rate=6e-4, betas=(0.9, 0.99), warmup_steps=300),
         loop=LoopConfig(
-            steps=3200, batch_size=32, ema_decay=0.998, compile=True, evaluate_every=1500, checkpoint_every=3000
+            steps=3200,
+            batch_size=32,
+            ema_half_lives=(350, 120),
+            compile=True,
+            evaluate_every=1500,
+            checkpoint_every=3000,
         ),
     )
 
@@ -58,7 +63,12 @@ def denoiser_small() -> TrainConfig:
         data=LUNG_DATA,
         optimizer=OptimizerConfig(learning_rate=1e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=300),
         loop=LoopConfig(
-            steps=5000, batch_size=256, ema_decay=0.9985, compile=True, evaluate_every=2000, checkpoint_every=5000
+            steps=5000,
+            batch_size=256,
+            ema_half_lives=(460, 150, 1400),
+            compile=True,
+            evaluate_every=2000,
+            checkpoint_every=5000,
         ),
         denoiser_loss=DenoiserLossConfig(time_mean=0.4),
     )
@@ -68,7 +78,7 @@ TINY_LOOP = LoopConfig(
     steps=30,
     batch_size=2,
     precision="fp32",
-    ema_decay=0.9,
+    ema_half_lives=(6.5,),
     log_every=10,
     checkpoint_every=10,
     evaluate_every=30,

@@ -1,7 +1,8 @@
 """Puts a run together from its configuration, and keeps what it made: the averaged weights and how they came.
 
-A run's folder holds ``checkpoints/`` (to resume), ``log.jsonl``, and after every leg ``result/``:
-``weights.safetensors`` (float16, the precision that is shipped) and ``result.json``.
+A run's folder holds ``checkpoints/`` (to resume), ``log.jsonl``, ``tensorboard/``, and after every leg that no signal
+cut short ``result/``: ``weights.safetensors`` (float16, the precision that is shipped), a file like it for every other
+average, and ``result.json``.
 """
 
 import json
@@ -26,6 +27,7 @@ from training.config import DataConfig, TrainConfig, config_hash
 from training.data.clips import ClipSet, load_clips
 from training.data.latents import LatentSet, latent_statistics, load_or_encode
 from training.data.manifest import read_clip_table, select_clips
+from training.distributed import Processes
 from training.errors import TrainingError
 from training.squeezenet import SqueezeNet
 from training.tasks import AutoencoderTask, DenoiserTask
@@ -53,8 +55,11 @@ class RunResult:
     config: TrainConfig
     weights: dict[str, Tensor]
     """Averaged weights, float16 where they are floats."""
+    average: str
+    """Which average they are: ``ema-`` and its half-life in steps, or ``best``: the first one of those, of the best
+    checkpoint."""
     about: dict[str, Any]
-    """Steps, seconds, device, versions, metrics, clips."""
+    """Steps, seconds, device, versions, metrics, clips. Hash and metrics are those of the average."""
 
 
 def load_split(
@@ -91,6 +96,7 @@ def train_autoencoder(
     table: Path,
     squeezenet: SqueezeNet | None,
     device: torch.device,
+    processes: Processes | None = None,
     initial: dict[str, Tensor] | None = None,
     is_resuming: bool = False,
     time_budget_s: float | None = None,
@@ -100,6 +106,7 @@ def train_autoencoder(
     """Train an autoencoder, store its latent statistics in it, write ``result/``.
 
     Args:
+        processes: Those that train together; default this one alone.
         initial: Weights to start from instead of random ones.
         time_budget_s, started: As in :func:`training.trainer.train`.
     """
@@ -111,13 +118,16 @@ def train_autoencoder(
     _start_from(model, initial)
     task = AutoencoderTask(config, model, splits["train"], splits["test"], squeezenet)
     result = train(
-        task, config, directory, device=device, is_resuming=is_resuming, time_budget_s=time_budget_s,
-        started=started, report=report,
+        task, config, directory, device=device, processes=processes, is_resuming=is_resuming,
+        time_budget_s=time_budget_s, started=started, report=report,
     )  # fmt: skip
     average = cast(VideoAutoencoder, result.average)
-    mean, scale = latent_statistics(average, splits["train"], batch_size=ENCODE_BATCH)
-    average.latent_mean.copy_(mean)
-    average.latent_scale.copy_(scale)
+    for state in reversed(result.averages.values()):  # so that the network is left with the first
+        average.load_state_dict(state)
+        mean, scale = latent_statistics(average, splits["train"], batch_size=ENCODE_BATCH)
+        average.latent_mean.copy_(mean)
+        average.latent_scale.copy_(scale)
+        state |= {"latent_mean": mean, "latent_scale": scale}
     _save_result(directory, config, result, splits["train"], device)
     return result
 
@@ -128,7 +138,9 @@ def train_denoiser(
     *,
     table: Path,
     autoencoder: Path,
+    autoencoder_average: str | None = None,
     device: torch.device,
+    processes: Processes | None = None,
     initial: dict[str, Tensor] | None = None,
     is_resuming: bool = False,
     time_budget_s: float | None = None,
@@ -139,9 +151,11 @@ def train_denoiser(
 
     Args:
         autoencoder: Folder of a finished autoencoder run, or a checkpoint directory.
+        autoencoder_average: Which of the run's averages; default the first.
     """
     _require_part(config, "denoiser")
-    coder, digest = load_autoencoder(autoencoder)
+    processes = processes or Processes(device)
+    coder, digest = load_autoencoder(autoencoder, average=autoencoder_average)
     if coder.config != config.model.autoencoder:
         raise TrainingError(
             f"the autoencoder in {autoencoder} has another shape than the recipe's: {coder.config} "
@@ -156,37 +170,44 @@ def train_denoiser(
             "autoencoder": digest, "data": to_json(config.data), "split": name,
             "clips": [to_json(record) for record in splits[name].records],
         })  # fmt: skip
-        latents[name] = load_or_encode(
-            directory / f"latents-{name}.safetensors",
-            key=key,
-            autoencoder=coder,
-            clips=splits[name],
-            has_flips=config.data.has_flips and name == "train",
-            batch_size=ENCODE_BATCH,
-        )
+        with processes.first_goes_ahead():
+            latents[name] = load_or_encode(
+                directory / f"latents-{name}.safetensors",
+                key=key,
+                autoencoder=coder,
+                clips=splits[name],
+                has_flips=config.data.has_flips and name == "train",
+                batch_size=ENCODE_BATCH,
+            )
     _report_splits(splits, report)
     shape = tuple(latents["train"].latents.shape[1:])
     report(f"latents: {len(latents['train'])} train, {len(latents['test'])} test, {shape}")
     torch.manual_seed(step_seed(config.loop.seed, -1))
     model = Denoiser(config.model.denoiser).to(device)
     _start_from(model, initial)
-    task = DenoiserTask(config, model, latents["train"], latents["test"], clips=splits["train"])
+    task = DenoiserTask(config, model, latents["train"], latents["test"], clips=splits["train"], autoencoder=coder)
     result = train(
-        task, config, directory, device=device, is_resuming=is_resuming, time_budget_s=time_budget_s,
-        started=started, report=report,
+        task, config, directory, device=device, processes=processes, is_resuming=is_resuming,
+        time_budget_s=time_budget_s, started=started, report=report,
     )  # fmt: skip
     _save_result(directory, config, result, splits["train"], device, {"autoencoder_sha256": digest})
     return result
 
 
-def load_autoencoder(path: Path) -> tuple[VideoAutoencoder, str]:
-    """The autoencoder of a run folder or of a checkpoint directory, and the hash of its weight file."""
+def load_autoencoder(path: Path, *, average: str | None = None) -> tuple[VideoAutoencoder, str]:
+    """The autoencoder of a run folder or of a checkpoint directory, and the hash of its weight file.
+
+    Args:
+        average: Which of a run's averages; default the first. A checkpoint has but one.
+    """
     if (path / RESULT).is_dir():
-        made = load_result(path, part="autoencoder")
+        made = load_result(path, part="autoencoder", average=average)
         coder = VideoAutoencoder(made.config.model.require_autoencoder())
         coder.load_state_dict(made.weights)
-        return coder.eval(), sha256_of(path / RESULT / "weights.safetensors")
+        return coder.eval(), made.about["sha256"]
     if (path / "manifest.json").is_file():
+        if average is not None:
+            raise TrainingError(f"{path} is a checkpoint, which holds no averages to choose {average} from")
         loaded = load_checkpoint(path).autoencoder
         if loaded is None:
             raise TrainingError(f"{path} is a checkpoint without an autoencoder")
@@ -201,25 +222,35 @@ def load_denoiser_weights(path: Path) -> dict[str, Tensor]:
     return load_checkpoint(path).denoiser.state_dict()
 
 
-def load_result(directory: Path, *, part: str) -> RunResult:
+def load_result(directory: Path, *, part: str, average: str | None = None) -> RunResult:
     """What the run in ``directory`` made.
 
+    Args:
+        average: Which average of the weights, as :class:`RunResult` names them; default the run's first.
+
     Raises:
-        TrainingError: No result there, a damaged one, or one of the other part.
+        TrainingError: No result there, a damaged one, one of the other part, or one without that average.
     """
     folder = directory / RESULT
     try:
         about = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         config = from_json(TrainConfig, about.pop("config"), where=f"{folder}/result.json")
-        digest = sha256_of(folder / "weights.safetensors")
-        weights = load_file(folder / "weights.safetensors")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        averages = about["averages"]
+        name = next(iter(averages)) if average is None else average
+        if name not in averages:
+            raise TrainingError(f"{directory} has no average {name!r}; it has {', '.join(averages)}")
+        path = folder / averages[name]["file"]
+        digest = sha256_of(path)
+        weights = load_file(path)
+        wanted, metrics = averages[name]["sha256"], averages[name]["metrics"]
+    except (OSError, ValueError, KeyError, TypeError, StopIteration, SafetensorError) as error:
         raise TrainingError(f"{directory} holds no usable result: {error}") from error
-    if digest != about.get("sha256"):
-        raise TrainingError(f"{folder}/weights.safetensors does not have the hash that result.json says")
+    if digest != wanted:
+        raise TrainingError(f"{path} does not have the hash that result.json says")
     if config.part != part:
         raise TrainingError(f"{directory} holds a run of part {config.part}, not {part}")
-    return RunResult(config=config, weights=weights, about=about)
+    about |= {"sha256": digest, "metrics": metrics}
+    return RunResult(config=config, weights=weights, average=name, about=about)
 
 
 def _save_result(
@@ -230,24 +261,24 @@ def _save_result(
     device: torch.device,
     extra: dict[str, Any] | None = None,
 ) -> None:
+    """Write the averages. Not after a signal: whoever sent it waits, and the checkpoint holds all there is."""
+    if not result.averages or result.signal_number:
+        return
     folder = directory / RESULT
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: (value.half() if value.is_floating_point() else value).detach().cpu().contiguous()
-        for name, value in result.average.state_dict().items()
-    }
-    broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
-        raise TrainingError(f"weights do not fit float16: {', '.join(broken[:5])}")
-    temporary = folder / "weights.safetensors.tmp"
-    save_file(tensors, temporary)
+    averages: dict[str, dict[str, Any]] = {}
+    for name, state in result.averages.items():
+        file = f"{name}.safetensors" if averages else "weights.safetensors"
+        save_file(_to_half(state), folder / f"{file}.tmp")
+        averages[name] = {
+            "file": file, "sha256": sha256_of(folder / f"{file}.tmp"), "metrics": result.metrics.get(name, {})
+        }  # fmt: skip
     about = {
         "config": to_json(config),
-        "sha256": sha256_of(temporary),
+        "averages": averages,
         "step": result.step,
         "seconds": round(result.seconds, 1),
         "is_finished": result.is_finished,
-        "metrics": result.metrics,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
         "torch": torch.__version__,
         "parameters": sum(parameter.numel() for parameter in result.average.parameters()),
@@ -255,8 +286,20 @@ def _save_result(
         "clips": [to_json(record) for record in train_clips.records],
         **(extra or {}),
     }
-    temporary.replace(folder / "weights.safetensors")
-    (folder / "result.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    (folder / "result.json.tmp").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    for file in (*(average["file"] for average in averages.values()), "result.json"):
+        (folder / f"{file}.tmp").replace(folder / file)
+
+
+def _to_half(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    tensors = {
+        name: (value.half() if value.is_floating_point() else value).detach().cpu().contiguous()
+        for name, value in state.items()
+    }
+    broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise TrainingError(f"weights do not fit float16: {', '.join(broken[:5])}")
+    return tensors
 
 
 def _start_from(model: nn.Module, initial: dict[str, Tensor] | None) -> None:

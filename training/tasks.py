@@ -7,15 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from medsora.diffusion.samplers import SAMPLERS, sample
 from medsora.geometry import latent_shape
 from medsora.models.autoencoder import VideoAutoencoder
 from medsora.models.denoiser import Denoiser
-from medsora.video_io import from_uint8
+from medsora.video_io import from_uint8, to_uint8
 from training.config import TrainConfig
 from training.data.clips import ClipSet, index_batches, sampling_weights
 from training.data.latents import LatentSet
@@ -36,6 +38,8 @@ __all__ = ["AutoencoderTask", "DenoiserTask", "Task", "reconstruct"]
 
 Forward = Callable[..., Tensor | tuple[Tensor, ...]]
 EVALUATION_BATCH = 32
+SHOWN_CLIPS, SHOWN_STEPS = 4, 10
+"""Videos to look at during training, and sampling steps for those of a denoiser."""
 
 
 class Task(Protocol):
@@ -74,6 +78,9 @@ class Task(Protocol):
 
     def evaluate(self, average: nn.Module) -> dict[str, float]:
         """Figures of the averaged network on the test split."""
+
+    def show(self, average: nn.Module) -> dict[str, np.ndarray]:
+        """A few videos of the averaged network to look at, by name: (f, h, w, 3) uint8; the same clips every time."""
 
 
 class AutoencoderModule(nn.Module):
@@ -182,6 +189,15 @@ class AutoencoderTask:
             "high_frequency_ratio": result.high_frequency_ratio,
         }
 
+    @torch.no_grad()
+    def show(self, average: nn.Module) -> dict[str, np.ndarray]:
+        """Windows of the test split, each beside its reconstruction."""
+        autoencoder = cast(VideoAutoencoder, average)
+        indices = _spread(len(self.test), self.test.frames.device)
+        video = from_uint8(self.test.gather(indices, torch.zeros_like(indices, dtype=torch.bool)))
+        pairs = torch.cat([video, autoencoder.decode(autoencoder.encode(video))], dim=-1)
+        return _named_videos("real and reconstructed", pairs)
+
 
 def reconstruct(autoencoder: VideoAutoencoder, clips: ClipSet) -> Reconstruction:
     """Encode and decode every window of ``clips`` and compare.
@@ -195,18 +211,37 @@ def reconstruct(autoencoder: VideoAutoencoder, clips: ClipSet) -> Reconstruction
     )
 
 
+def _spread(count: int, device: torch.device) -> Tensor:
+    """Indices of a few windows far apart: neighbours in the list are nearly the same clip."""
+    return torch.linspace(0, count - 1, min(count, SHOWN_CLIPS), device=device).long()
+
+
+def _named_videos(name: str, videos: Tensor) -> dict[str, np.ndarray]:
+    """Videos (b c f h w) in [-1, 1] as :meth:`Task.show` gives them."""
+    return {f"{name} {number}": frames.cpu().numpy() for number, frames in enumerate(to_uint8(videos))}
+
+
 class DenoiserTask:
     """Predict velocities on cached latents.
 
     Args:
         train, test: Latents on the training device.
         clips: Those that ``train`` was encoded from, to name windows; twice in it when mirrored ones follow.
+        autoencoder: Decodes what is shown; nothing is shown without one.
     """
 
     def __init__(
-        self, config: TrainConfig, model: Denoiser, train: LatentSet, test: LatentSet, *, clips: ClipSet
+        self,
+        config: TrainConfig,
+        model: Denoiser,
+        train: LatentSet,
+        test: LatentSet,
+        *,
+        clips: ClipSet,
+        autoencoder: VideoAutoencoder | None = None,
     ) -> None:
         self.config, self._model, self.train, self.test, self.clips = config, model, train, test, clips
+        self.autoencoder = autoencoder
         self._forward: Forward = model
         self._share = Share()
         self._weights = sampling_weights(train.conditions, config.data.sampling_exponent)
@@ -264,6 +299,22 @@ class DenoiserTask:
             f"{name}_velocity_mse": self._fixed_loss(average, latents)
             for name, latents in (("train", self.train), ("test", self.test))
         }
+
+    @torch.no_grad()
+    def show(self, average: nn.Module) -> dict[str, np.ndarray]:
+        """Samples in few steps, without guidance, for conditions of the test split and the same noise every time."""
+        if self.autoencoder is None:
+            return {}
+        latents, device = self.test.latents, self.test.latents.device
+        condition = self.test.conditions[_spread(len(self.test), device)]
+        generator = torch.Generator(device).manual_seed(0)
+        noise = torch.randn(len(condition), *latents.shape[1:], generator=generator, device=device)
+        sampler = SAMPLERS["euler" if self._model.config.prediction == "velocity" else "ddim"]
+
+        def predict(x: Tensor, t: float) -> Tensor:
+            return cast(Tensor, average(x, torch.full((len(x), x.shape[2]), float(t), device=device), condition))
+
+        return _named_videos("sample", self.autoencoder.decode(sample(sampler.steps(SHOWN_STEPS), predict, noise)))
 
     def _fixed_loss(self, network: nn.Module, data: LatentSet) -> float:
         settings, device = self.config.denoiser_loss, data.latents.device

@@ -1,27 +1,41 @@
 """Saved state: complete or not there, hashes checked, a damaged one passed over."""
 
 import errno
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import training.checkpointing as checkpointing
-from training.checkpointing import TrainingState, load_newest, optimizer_tensors, restore_optimizer, save_state
+from training.checkpointing import (
+    Goal,
+    TrainingState,
+    best_checkpoint,
+    load_newest,
+    optimizer_tensors,
+    restore_optimizer,
+    save_state,
+)
 from training.errors import TrainingError
 from training.recipes import recipe
 
 
-def state(step: int) -> TrainingState:
+def state(step: int, figure: float | None = None) -> TrainingState:
     tensors = {"weight": torch.full((4, 4), float(step)), "count": torch.tensor(step)}
     return TrainingState(
         config=recipe("autoencoder_tiny"),
         step=step,
         seconds=step / 2,
-        model=tensors,
-        average=tensors,
-        optimizer=tensors,
+        modules={"model": tensors, "critic": {"deep/weight": torch.ones(1)}},
+        averages={"ema-5": tensors},
+        optimizers={"model": tensors},
+        metrics={} if figure is None else {"error": figure},
     )
 
 
@@ -32,15 +46,102 @@ def test_newest_state_comes_back_and_old_ones_go(tmp_path: Path) -> None:
     loaded = load_newest(tmp_path, report=pytest.fail)
     assert loaded is not None
     assert (loaded.step, loaded.seconds, loaded.config) == (100, 50.0, recipe("autoencoder_tiny"))
-    assert torch.equal(loaded.optimizer["weight"], torch.full((4, 4), 100.0))
-    assert loaded.model["count"].item() == 100
+    assert torch.equal(loaded.optimizers["model"]["weight"], torch.full((4, 4), 100.0))
+    assert loaded.modules["model"]["count"].item() == 100
+    assert loaded.modules["critic"].keys() == {"deep/weight"}
+    assert torch.equal(loaded.averages["ema-5"]["weight"], torch.full((4, 4), 100.0))
+
+
+@pytest.mark.parametrize(("best", "kept"), [("least", 2), ("most", 3)])
+def test_the_best_stays_beside_the_newest(tmp_path: Path, best: str, kept: int) -> None:
+    goal = Goal("error", best)
+    assert best_checkpoint(tmp_path, goal) is None
+    figures = {1: 0.5, 2: 0.1, 3: 0.9, 4: float("nan"), 5: None, 6: 0.5, 7: 0.3}
+    for step, figure in figures.items():
+        save_state(tmp_path, state(step, figure), keep=2, goal=goal)
+    found = best_checkpoint(tmp_path, goal)
+    assert found is not None
+    assert (found[0].name, found[1]) == (f"step-{kept:08d}", figures[kept])
+    assert {path.name for path in tmp_path.iterdir()} == {f"step-{step:08d}" for step in (kept, 6, 7)}
+    assert best_checkpoint(tmp_path, Goal("accuracy", best)) is None
+
+
+def test_a_damaged_description_is_not_the_best(tmp_path: Path) -> None:
+    goal = Goal("error", "least")
+    for step, figure in ((1, 0.5), (2, 0.1)):
+        path = save_state(tmp_path, state(step, figure), keep=2, goal=goal)
+    (path / "state.json").write_text('{"metrics": [', encoding="utf-8")
+    found = best_checkpoint(tmp_path, goal)
+    assert found is not None
+    assert found[0].name == "step-00000001"
+
+
+def test_what_is_not_finite_is_never_better() -> None:
+    for best in ("least", "most"):
+        goal = Goal("error", best)
+        assert goal.is_better(1.0, None)
+        assert not goal.is_better(float("nan"), None)
+        assert not goal.is_better(float("inf"), 1.0)
+        assert not goal.is_better(float("-inf"), 1.0)
+        assert not goal.is_better(1.0, 1.0)
+
+
+WRITER = """
+import sys
+import torch
+from pathlib import Path
+from training.checkpointing import TrainingState, save_state
+from training.recipes import recipe
+torch.set_num_threads(1)
+config = recipe("autoencoder_tiny")
+print("ready", flush=True)
+for step in range(int(sys.argv[2]), 10**6):
+    tensors = {"weight": torch.full((300, 300), float(step))}
+    save_state(
+        Path(sys.argv[1]),
+        TrainingState(config=config, step=step, seconds=0.0, modules={"model": tensors}, averages={}, optimizers={}),
+        keep=2,
+    )
+"""
+
+
+@pytest.mark.slow
+def test_a_process_killed_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    newest = 0
+    for _ in range(2):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path), str(max(1, newest))], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        with process.stdout as stream:
+            assert stream.readline() == "ready\n"
+        for _ in range(30):
+            time.sleep(rng.uniform(0.0, 0.02))
+            process.send_signal(signal.SIGSTOP)  # what another process finds at this moment
+            damaged: list[str] = []
+            loaded = load_newest(tmp_path, report=damaged.append)
+            if loaded is not None:
+                newest = max(newest, loaded.step)
+                assert damaged == []
+                assert torch.equal(loaded.modules["model"]["weight"], torch.full((300, 300), float(loaded.step)))
+            process.send_signal(signal.SIGCONT)
+        process.kill()
+        process.wait()
+        loaded = load_newest(tmp_path, report=pytest.fail)
+        assert loaded is None or loaded.modules["model"]["weight"][0, 0] == loaded.step
+    assert newest > 2
+    save_state(tmp_path, state(10**7), keep=2)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_nothing_saved_is_none(tmp_path: Path) -> None:
     assert load_newest(tmp_path / "new", report=pytest.fail) is None
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "average.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize(
+    "name", ["modules.safetensors", "averages.safetensors", "optimizers.safetensors", "state.json"]
+)
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_a_damaged_checkpoint_is_skipped_with_a_message(tmp_path: Path, name: str, damage: str) -> None:
     for step in (1, 2):

@@ -1,31 +1,47 @@
-"""The average follows the weights by its formula and copies batch-norm statistics."""
+"""The averages follow the weights by their formula, each with its own half-life."""
 
+import pytest
 import torch
 from torch import nn
 
-from training.ema import ExponentialMovingAverage
+from training.ema import Averages
 
 
-def test_average_follows_the_formula() -> None:
+def test_each_average_follows_the_formula() -> None:
     model = nn.Linear(3, 2)
-    average = ExponentialMovingAverage(model, decay=0.9)
-    expected = model.weight.detach().clone()
+    averages = Averages(model, (10.0, 2.5))
+    assert averages.names == ("ema-10", "ema-2.5")
+    expected = {half_life: model.weight.detach().clone() for half_life in (10.0, 2.5)}
     for step in range(200):
         with torch.no_grad():
             model.weight.add_(torch.randn_like(model.weight))
-        average.update(step)
-        decay = min(0.9, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * model.weight.detach()
-    torch.testing.assert_close(average.model.weight, expected)
-    assert not average.model.weight.requires_grad
+        averages.update(step)
+        for half_life, value in expected.items():
+            kept = min(0.5 ** (1 / half_life), (1 + step) / (10 + step))
+            expected[half_life] = kept * value + (1 - kept) * model.weight.detach()
+    for half_life, value in expected.items():
+        torch.testing.assert_close(averages.whole(f"ema-{half_life:g}")["weight"], value)
 
 
-def test_buffers_are_copied_and_the_copy_is_in_evaluation_mode() -> None:
-    model = nn.Sequential(nn.BatchNorm2d(4))
-    average = ExponentialMovingAverage(model, decay=0.99)
-    model.train()(torch.randn(8, 4, 3, 3) * 5 + 2)
-    average.update(0)
-    assert torch.equal(average.model[0].running_mean, model[0].running_mean)
-    assert torch.equal(average.model[0].num_batches_tracked, torch.tensor(1))
-    assert not average.model.training
-    assert model.training
+def test_after_a_half_life_a_weight_counts_half() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    averages = Averages(model, (100.0,))
+    nn.init.ones_(model.weight)
+    for _ in range(100):
+        averages.update(100_000)  # long after the start
+    torch.testing.assert_close(averages.whole("ema-100")["weight"], torch.full((1, 1), 0.5), rtol=1e-5, atol=0)
+
+
+def test_what_was_saved_comes_back_and_something_else_does_not() -> None:
+    model = nn.Linear(3, 2)
+    averages, others = (Averages(model, (10.0, 2.5)) for _ in range(2))
+    nn.init.ones_(model.weight)
+    averages.update(0)
+    saved = {name: averages.whole(name) for name in averages.names}
+    assert not torch.equal(others.whole("ema-10")["weight"], saved["ema-10"]["weight"])
+    others.load(saved)
+    for name in others.names:
+        assert torch.equal(others.whole(name)["weight"], saved[name]["weight"])
+    with pytest.raises(KeyError, match=r"ema-2\.5"):
+        others.load({"ema-10": saved["ema-10"]})

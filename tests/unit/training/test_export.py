@@ -63,7 +63,8 @@ def test_weights_are_the_averaged_ones_and_work_the_same(made: Path) -> None:
     assert torch.equal(loaded.autoencoder.encode(video), coder.encode(video))
     for name, value in load_result(made / "dn", part="denoiser").weights.items():
         assert torch.equal(loaded.denoiser.state_dict()[name], value.float())
-    average = load_file(made / "dn" / "checkpoints" / "step-00000006" / "average.safetensors")
+    saved = load_file(made / "dn" / "checkpoints" / "step-00000006" / "averages.safetensors")
+    average = {key.removeprefix("ema-6.5/"): value for key, value in saved.items()}
     stored = load_file(made / "checkpoint" / "denoiser.safetensors")
     for name, value in average.items():
         assert torch.equal(stored[name], value.half())

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,9 @@ class Regression:
         self.calls += 1
         return loss, {"mse": loss.detach()}
 
+    def show(self, average: nn.Module) -> dict[str, np.ndarray]:
+        return {"ramp": np.arange(5 * 8 * 8 * 3, dtype=np.int64).astype(np.uint8).reshape(5, 8, 8, 3)}
+
     def evaluate(self, average: nn.Module) -> dict[str, float]:
         return {"norm": float(sum(parameter.square().sum() for parameter in average.parameters()))}
 
@@ -74,13 +78,17 @@ class KilledError(Exception):
     pass
 
 
+def flatten(groups: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{group}/{name}": value for group, tensors in groups.items() for name, value in tensors.items()}
+
+
 def assert_same_state(first: Path, second: Path) -> None:
     states = [load_newest(folder / "checkpoints", report=pytest.fail) for folder in (first, second)]
     assert states[0] is not None
     assert states[1] is not None
     assert states[0].step == states[1].step
-    for group in ("model", "average", "optimizer"):
-        ours, theirs = (getattr(state, group) for state in states)
+    for group in ("modules", "averages", "optimizers"):
+        ours, theirs = (flatten(getattr(state, group)) for state in states)
         assert ours.keys() == theirs.keys()
         assert len(ours) > 0
         for name, value in ours.items():
@@ -133,7 +141,7 @@ def test_total_seconds_end_the_run_with_an_evaluation(tmp_path: Path) -> None:
     timed = config(total_seconds=1e-9, clock="seconds")
     result = train(Regression(), timed, tmp_path, device=CPU, report=quiet)
     assert (result.step, result.is_finished) == (0, True)
-    assert set(result.metrics) == {"norm"}
+    assert set(result.metrics["ema-6.5"]) == {"norm"}
 
 
 def test_nan_stops_the_run_and_names_the_step(tmp_path: Path) -> None:
@@ -143,7 +151,7 @@ def test_nan_stops_the_run_and_names_the_step(tmp_path: Path) -> None:
     state = load_newest(tmp_path / "checkpoints", report=pytest.fail)
     assert state is not None
     assert state.step == 20
-    assert all(value.isfinite().all() for value in state.model.values())
+    assert all(value.isfinite().all() for value in state.modules["model"].values())
 
 
 def test_nan_is_never_saved_even_between_log_lines(tmp_path: Path) -> None:
@@ -247,10 +255,10 @@ def test_the_denoiser_learns_and_its_latents_are_cached(autoencoder_run: Path, t
     )
     first = override(settings, ["loop.steps=1"])
     options = {"table": table, "autoencoder": autoencoder_run, "device": CPU, "report": quiet}
-    before = train_denoiser(first, tmp_path, **options).metrics  # type: ignore[arg-type]
+    before = train_denoiser(first, tmp_path, **options).metrics["ema-6.5"]  # type: ignore[arg-type]
     cache = tmp_path / "latents-train.safetensors"
     stamp = cache.stat().st_mtime_ns
-    after = train_denoiser(settings, tmp_path, is_resuming=True, **options).metrics  # type: ignore[arg-type]
+    after = train_denoiser(settings, tmp_path, is_resuming=True, **options).metrics["ema-6.5"]  # type: ignore[arg-type]
     assert after["train_velocity_mse"] < 0.9 * before["train_velocity_mse"]
     assert cache.stat().st_mtime_ns == stamp
     cache.write_bytes(b"damaged")
