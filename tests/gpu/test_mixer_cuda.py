@@ -55,10 +55,19 @@ def compare(walks: Walks, weights: MixerWeights, dtype: torch.dtype, *, batch: i
     assert error <= BOUNDS[dtype]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("frames", [2, 4, 6, 8, 16])
-@pytest.mark.parametrize("scan_order", ["spiral", "released"])
-@pytest.mark.parametrize("shape", ["small", "base"])
+@pytest.mark.parametrize(
+    ("shape", "scan_order", "frames", "dtype"),
+    [
+        # every combination compiles kernels of its own
+        ("small", "spiral", 4, torch.float32),
+        ("small", "released", 4, torch.bfloat16),
+        ("small", "spiral", 6, torch.float32),
+        ("small", "spiral", 16, torch.float32),
+        ("base", "spiral", 4, torch.bfloat16),
+        ("base", "spiral", 6, torch.bfloat16),
+        ("base", "spiral", 16, torch.bfloat16),
+    ],
+)
 def test_planes_and_frames_equal_the_reference(shape: str, scan_order: str, frames: int, dtype: torch.dtype) -> None:
     d_inner, d_state = {"small": (512, 64), "base": (1024, 128)}[shape]
     config = DenoiserConfig(hidden_size=64, depth=1, scan_order=scan_order, temporal_directions=2)
