@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "VideoInfo",
     "from_uint8",
+    "iterate_video",
     "probe_video",
     "read_video",
     "to_uint8",
@@ -190,17 +191,38 @@ def read_video(path: Path) -> tuple[Frames, float]:
         VideoError: No video, cut off (as far as the container tells), or without a frame.
         OSError: The file cannot be opened (missing, no permission).
     """
-    with _file_errors(path, "read"), av.open(str(path)) as source:
-        stream = _video_stream(path, source)
-        images = [_to_rgb(frame) for frame in source.decode(stream)]
-        fps, promised = _fps(path, stream), stream.frames
-    if not images:
-        raise VideoError(f"{path}: holds no frame that can be decoded")
-    if promised and len(images) != promised:
-        raise VideoError(f"{path}: holds {len(images)} frames where its index has {promised}")
+    images, fps = [], 0.0
+    for image, fps in iterate_video(path):  # noqa: B007 - the rate is the same every time
+        assert image is not None  # all were wanted
+        images.append(image)
     if len({image.shape for image in images}) != 1:
         raise VideoError(f"{path}: the frame size changes within the video")
     return np.stack(images), fps
+
+
+def iterate_video(path: Path, wants: Callable[[int], bool] | None = None) -> Iterator[tuple[Frames | None, float]]:
+    """Read a video frame by frame, as :func:`read_video` does, without ever holding more than a few.
+
+    Args:
+        wants: Says by its number whether a frame is of use; of the others None is given, which is faster.
+
+    Returns:
+        uint8 ``(height, width, 3)`` or None for every frame, and frames a second. The frame size may change.
+
+    Raises:
+        VideoError: As :func:`read_video`; a file that is cut off is noticed at its end.
+        OSError: The file cannot be opened (missing, no permission).
+    """
+    with _file_errors(path, "read"), av.open(str(path)) as source:
+        stream = _video_stream(path, source)
+        fps, promised, count = _fps(path, stream), stream.frames, 0
+        for frame in source.decode(stream):
+            yield _to_rgb(frame) if wants is None or wants(count) else None, fps
+            count += 1
+    if not count:
+        raise VideoError(f"{path}: holds no frame that can be decoded")
+    if promised and count != promised:
+        raise VideoError(f"{path}: holds {count} frames where its index has {promised}")
 
 
 def probe_video(path: Path) -> VideoInfo:

@@ -1,4 +1,4 @@
-"""``medsora-train``: autoencoder, denoiser, evaluate, export. Torch is loaded only by a command that runs.
+"""``medsora-train``: prepare, autoencoder, denoiser, evaluate, export. Torch is loaded only by a command that runs.
 
 A training command ends with status 0 when the run is finished or its time budget is used, with 143 or 130 when SIGTERM
 or SIGINT stopped it (what there is, is saved), and with 1 when it failed.
@@ -15,6 +15,7 @@ import typer
 from medsora.errors import MedsoraError
 from medsora.threads import let_idle_threads_sleep
 from training.config import TrainConfig, override
+from training.prepare.command import prepare_command, verify_command
 from training.recipes import RECIPES, recipe
 
 __all__ = ["app", "main"]
@@ -28,6 +29,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+app.command("prepare")(prepare_command)
+app.command("verify")(verify_command)
 
 RecipeArgument = Annotated[str, typer.Argument(help=f"One of: {', '.join(RECIPES)}.")]
 DataOption = Annotated[Path, typer.Option(help="Table of clips (clips.csv); the clips lie beside it.")]
@@ -49,6 +53,14 @@ def autoencoder_command(
     data: DataOption,
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
     squeezenet: SqueezeOption = None,
+    lpips: Annotated[
+        Path | None,
+        typer.Option(help="LPIPS weights (state of the lpips package's network), used instead of SqueezeNet."),
+    ] = None,
+    lpips_backbone: Annotated[
+        Path | None,
+        typer.Option(help="AlexNet or VGG-16 as torchvision names it, where --lpips holds the learned weights alone."),
+    ] = None,
     settings: SetOption = None,
     init: Annotated[Path | None, typer.Option(help="Start from the weights of this run or checkpoint.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")] = False,
@@ -58,19 +70,19 @@ def autoencoder_command(
     """Train an autoencoder."""
     config = _configure(name, settings)
     from training.distributed import join
+    from training.perceptual import load_distance
     from training.runs import load_autoencoder, train_autoencoder
-    from training.squeezenet import load_squeezenet
 
     place = _device(device)
-    network = None
-    if squeezenet is not None and config.autoencoder_loss.perceptual > 0:
-        network = load_squeezenet(squeezenet, device=place)
+    distance = None
+    if config.autoencoder_loss.perceptual > 0:
+        distance = load_distance(squeezenet=squeezenet, lpips=lpips, lpips_backbone=lpips_backbone, device=place)
     with join(place, config.loop.distributed) as processes:
         result = train_autoencoder(
             config,
             out,
             table=data,
-            squeezenet=network,
+            perceptual=distance,
             device=place,
             processes=processes,
             initial=None if init is None else load_autoencoder(init)[0].state_dict(),
@@ -89,6 +101,15 @@ def denoiser_command(
     autoencoder: Annotated[Path, typer.Option(help="Folder of the autoencoder's run, or a checkpoint.")],
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
     autoencoder_ema: Annotated[str | None, typer.Option(help=f"Of the autoencoder's run. {AVERAGE_HELP}")] = None,
+    raft: Annotated[
+        Path | None, typer.Option(help="RAFT-small weights (raft-small.pth), for every alignment but none.")
+    ] = None,
+    dino: Annotated[
+        Path | None, typer.Option(help="DINO or the like as TorchScript, for alignment.kind=paper.")
+    ] = None,
+    squeezenet: Annotated[
+        Path | None, typer.Option(help="SqueezeNet 1.0 weights: stands in for --dino where there is none.")
+    ] = None,
     settings: SetOption = None,
     init: Annotated[Path | None, typer.Option(help="Start from the weights of this run or checkpoint.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")] = False,
@@ -97,6 +118,7 @@ def denoiser_command(
 ) -> None:
     """Train a denoiser on the latents of an autoencoder."""
     config = _configure(name, settings)
+    from training.alignment import AlignmentFiles
     from training.distributed import join
     from training.runs import load_denoiser_weights, train_denoiser
 
@@ -108,6 +130,7 @@ def denoiser_command(
             table=data,
             autoencoder=autoencoder,
             autoencoder_average=autoencoder_ema,
+            alignment_files=AlignmentFiles(raft=raft, dino=dino, squeezenet=squeezenet),
             device=place,
             processes=processes,
             initial=None if init is None else load_denoiser_weights(init),
