@@ -34,7 +34,9 @@ app.command("prepare")(prepare_command)
 app.command("verify")(verify_command)
 
 RecipeArgument = Annotated[str, typer.Argument(help=f"One of: {', '.join(RECIPES)}.")]
-DataOption = Annotated[Path, typer.Option(help="Table of clips (clips.csv); the clips lie beside it.")]
+DataOption = Annotated[
+    Path, typer.Option(help="Folder of a prepared cache, or a table of clips (clips.csv) with the clips beside it.")
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Replace a field of the recipe: loop.batch_size=32. Repeatable.")
@@ -68,7 +70,7 @@ def autoencoder_command(
     device: DeviceOption = "auto",
 ) -> None:
     """Train an autoencoder."""
-    config = _configure(name, settings)
+    config = _configure(name, settings, data)
     from training.distributed import join
     from training.perceptual import load_distance
     from training.runs import load_autoencoder, train_autoencoder
@@ -117,7 +119,7 @@ def denoiser_command(
     device: DeviceOption = "auto",
 ) -> None:
     """Train a denoiser on the latents of an autoencoder."""
-    config = _configure(name, settings)
+    config = _configure(name, settings, data)
     from training.alignment import AlignmentFiles
     from training.distributed import join
     from training.runs import load_denoiser_weights, train_denoiser
@@ -156,7 +158,7 @@ def evaluate_command(
     device: DeviceOption = "auto",
 ) -> None:
     """Measure a checkpoint on the test split and write a report with contact sheets."""
-    config = _configure(name, settings)
+    config = _configure(name, settings, data)
     from training.evaluate import EvaluationConfig, evaluate_checkpoint
     from training.squeezenet import load_squeezenet
 
@@ -211,9 +213,22 @@ def export_command(
     typer.echo(f"{out}: {len(manifest.labels)} labels, {size / 2**20:.1f} MiB")
 
 
-def _configure(name: str, settings: list[str] | None) -> TrainConfig:
+def _configure(name: str, settings: list[str] | None, data: Path) -> TrainConfig:
+    """The recipe, made to fit the data where they are a prepared cache, with the user's values replaced."""
+    from training.prepare.cache import is_cache, open_cache
+    from training.prepare.recipe import fit_recipe
+
     try:
-        return override(recipe(name), settings or [])
+        config = override(recipe(name), settings or [])
+        if not is_cache(data):
+            return config
+        index = open_cache(data).index
+        fitted, said = fit_recipe(recipe(name), index)
+        excluded = override(fitted, settings or []).data.excluded_labels
+        if excluded != fitted.data.excluded_labels:
+            fitted, said = fit_recipe(recipe(name), index, excluded_labels=excluded)
+        typer.echo(said)
+        return override(fitted, settings or [])
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 

@@ -19,7 +19,7 @@ from training.data.manifest import ClipRecord, condition_indices
 from training.data.windows import stride_for, window_starts
 from training.errors import DataError
 
-__all__ = ["ClipSet", "index_batches", "load_clips", "sampling_weights"]
+__all__ = ["ClipSet", "clip_set", "index_batches", "load_clips", "sampling_weights"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,13 +95,45 @@ def load_clips(
         DataError: A file is missing, not decodable, of another size or length than the table says, or no
             clip is long enough for one window.
     """
+    with ThreadPoolExecutor() as pool:  # decoding runs outside of the interpreter's lock
+        all_frames = list(pool.map(lambda record: _decode(record, root, height, width), records))
+    return clip_set(
+        records,
+        np.concatenate(all_frames),
+        num_frames=num_frames,
+        target_fps=target_fps,
+        condition_columns=condition_columns,
+        condition_names=condition_names,
+        step=step,
+        device=device,
+    )
+
+
+def clip_set(
+    records: Sequence[ClipRecord],
+    frames: np.ndarray,
+    *,
+    num_frames: int,
+    target_fps: float,
+    condition_columns: Sequence[str],
+    condition_names: Sequence[Sequence[str]],
+    step: int = 1,
+    device: torch.device | str = "cpu",
+) -> ClipSet:
+    """Put decoded clips on the device and list their windows.
+
+    Args:
+        frames: uint8 (frames, height, width, 3) of all clips, one after another.
+        step: As in :func:`load_clips`.
+
+    Raises:
+        DataError: No clip is long enough for one window.
+    """
     starts: list[int] = []
     strides: list[int] = []
     clips: list[int] = []
     conditions: list[tuple[int, ...]] = []
     offset = 0
-    with ThreadPoolExecutor() as pool:  # decoding runs outside of the interpreter's lock
-        all_frames = list(pool.map(lambda record: _decode(record, root, height, width), records))
     for index, record in enumerate(records):
         stride = stride_for(record.fps, target_fps)
         found = window_starts(record.frames, cuts=record.cuts, num_frames=num_frames, stride=stride, step=step)
@@ -116,7 +148,7 @@ def load_clips(
     return ClipSet(
         records=tuple(records),
         num_frames=num_frames,
-        frames=torch.from_numpy(np.concatenate(all_frames)).to(device),
+        frames=torch.from_numpy(frames).to(device),
         starts=torch.tensor(starts, device=device),
         strides=torch.tensor(strides, device=device),
         clips=torch.tensor(clips, device=device),

@@ -5,7 +5,7 @@ Torch-free. Decoding is in :mod:`training.data.clips`.
 
 import csv
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from training.errors import DataError
@@ -40,6 +40,21 @@ class ClipRecord:
     licence: str
     source: str
     attribution: str
+    labels: dict[str, str] = field(default_factory=dict)
+    """All conditions of a clip of a prepared cache, by name."""
+
+    def value_of(self, column: str) -> str:
+        """Value of a condition's column.
+
+        Raises:
+            DataError: The clip has no such column.
+        """
+        if column in self.labels:
+            return self.labels[column]
+        if self.labels or column not in COLUMNS:
+            known = ", ".join(self.labels or COLUMNS)
+            raise DataError(f"{self.file}: has no column {column!r}; there are: {known}")
+        return str(getattr(self, column))
 
 
 def read_clip_table(path: Path) -> tuple[ClipRecord, ...]:
@@ -105,8 +120,20 @@ def _read_row(path: Path, number: int, row: dict[str, str]) -> ClipRecord:
         raise fail("cuts", f"{row['cuts']!r} must be frame indices separated by blanks") from None
     if any(not 0 < cut < frames for cut in cuts) or list(cuts) != sorted(set(cuts)):
         raise fail("cuts", f"{row['cuts']!r} must rise and lie between 1 and {frames - 1}")
-    text = {name: row[name].strip() for name in COLUMNS if name not in ("frames", "fps", "cuts")}
-    return ClipRecord(frames=frames, fps=fps, cuts=cuts, **text)
+    return ClipRecord(
+        file=row["file"].strip(),
+        dataset=row["dataset"].strip(),
+        label=row["label"].strip(),
+        probe=row["probe"].strip(),
+        split=row["split"],
+        group=row["group"].strip(),
+        frames=frames,
+        fps=fps,
+        cuts=cuts,
+        licence=row["licence"].strip(),
+        source=row["source"].strip(),
+        attribution=row["attribution"].strip(),
+    )
 
 
 def _check_table(path: Path, records: Sequence[ClipRecord]) -> None:
@@ -133,7 +160,9 @@ def select_clips(
     chosen = tuple(
         record
         for record in table
-        if record.dataset == dataset and record.split == split and record.label not in excluded_labels
+        if record.dataset == dataset
+        and record.split == split
+        and not {record.label, *record.labels.values()} & set(excluded_labels)
     )
     if not chosen:
         names = ", ".join(sorted({record.dataset for record in table})) or "(none)"
@@ -153,7 +182,7 @@ def condition_indices(record: ClipRecord, *, columns: Sequence[str], names: Sequ
     """
     indices = []
     for column, vocabulary in zip(columns, names, strict=True):
-        value = getattr(record, column)
+        value = record.value_of(column)
         if value not in vocabulary:
             raise DataError(f"{record.file}: column {column} is {value!r}, the model knows {', '.join(vocabulary)}")
         indices.append(list(vocabulary).index(value))

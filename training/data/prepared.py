@@ -1,0 +1,74 @@
+"""Clips of a prepared cache as a :class:`~training.data.clips.ClipSet`, just as from a table of clips."""
+
+import numpy as np
+import torch
+
+from medsora.config import ModelConfig
+from training.config import DataConfig
+from training.data.clips import ClipSet, clip_set
+from training.data.manifest import ClipRecord, select_clips
+from training.errors import DataError
+from training.prepare.cache import Cache, CachedClip
+
+__all__ = ["load_prepared", "record_of"]
+
+
+def record_of(clip: CachedClip, dataset: str) -> ClipRecord:
+    """A cached clip as a row of a table."""
+    return ClipRecord(
+        file=clip.name,
+        dataset=dataset,
+        label=clip.conditions.get("label") or next(iter(clip.conditions.values())),
+        probe=clip.conditions.get("probe", ""),
+        split=clip.split,
+        group=clip.group,
+        frames=clip.frames,
+        fps=clip.fps,
+        cuts=clip.cuts,
+        licence=clip.licence,
+        source=clip.source,
+        attribution=clip.attribution,
+        labels=clip.conditions,
+    )
+
+
+def load_prepared(
+    cache: Cache, data: DataConfig, model: ModelConfig, split: str, *, device: torch.device, step: int | None = None
+) -> ClipSet:
+    """Read one split of a cache, checking every shard by its hash.
+
+    Args:
+        step: Distance between window starts; default the recipe's for that split.
+
+    Raises:
+        DataError: The cache has another frame size or data set than the recipe, or is damaged.
+    """
+    index = cache.index
+    if (index.width, index.height) != (data.width, data.height):
+        raise DataError(
+            f"{cache.path} holds frames of {index.width}x{index.height} pixels, the recipe wants "
+            f"{data.width}x{data.height}"
+        )
+    records = select_clips(
+        [record_of(clip, index.dataset) for clip in index.clips],
+        dataset=data.dataset,
+        split=split,
+        excluded_labels=data.excluded_labels,
+    )
+    names = {record.file for record in records}
+    frames = np.empty((sum(record.frames for record in records), index.height, index.width, 3), dtype=np.uint8)
+    offset = 0
+    for _, part in cache.iterate(tuple(clip for clip in index.clips if clip.name in names)):
+        frames[offset : offset + len(part)] = part
+        offset += len(part)
+    usual = data.window_step if split == "train" else data.test_window_step
+    return clip_set(
+        records,
+        frames,
+        num_frames=data.num_frames,
+        target_fps=data.target_fps,
+        condition_columns=tuple(data.condition_columns.values()),
+        condition_names=tuple(model.condition_names.values()),
+        step=usual if step is None else step,
+        device=device,
+    )
