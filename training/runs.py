@@ -27,8 +27,10 @@ from training.config import DataConfig, TrainConfig, config_hash
 from training.data.clips import ClipSet, load_clips
 from training.data.latents import LatentSet, latent_statistics, load_or_encode
 from training.data.manifest import read_clip_table, select_clips
+from training.data.prepared import load_prepared
 from training.distributed import Processes
 from training.errors import TrainingError
+from training.prepare.cache import is_cache, open_cache
 from training.squeezenet import SqueezeNet
 from training.tasks import AutoencoderTask, DenoiserTask
 from training.trainer import TrainResult, step_seed, train
@@ -68,9 +70,11 @@ def load_split(
     """Decode one split of the data set that a recipe names.
 
     Args:
-        table: ``clips.csv``; the clips lie beside it.
+        table: ``clips.csv``, with the clips beside it; or the folder of a prepared cache.
         step: Distance between window starts; default the recipe's for that split.
     """
+    if is_cache(table):
+        return load_prepared(open_cache(table), data, model, split, device=device, step=step)
     records = select_clips(
         read_clip_table(table), dataset=data.dataset, split=split, excluded_labels=data.excluded_labels
     )
