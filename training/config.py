@@ -70,6 +70,8 @@ class DataConfig:
     """Mirror half of the windows left to right."""
     sampling_exponent: float = 0.5
     """A condition with n windows is drawn in proportion to n to this power; 1 is as they come, 0 all alike."""
+    modality: str = ""
+    """DICOM's word for what the clips are, e.g. ES; for the checkpoint's manifest."""
 
     def __post_init__(self) -> None:
         counts = (self.num_frames, self.height, self.width, self.window_step, self.test_window_step)
