@@ -3,7 +3,9 @@
 The directory is written beside its place, loaded again and compared weight by weight before it is put there.
 """
 
+import re
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from medsora.checkpoint import load_checkpoint, save_checkpoint
 from medsora.config import ModelConfig
-from medsora.manifest import FORMAT_VERSION, Label, Limits, Manifest
+from medsora.manifest import FORMAT_VERSION, Label, Limits, Manifest, normalise_label
 from training.config import DataConfig
 from training.errors import TrainingError
 from training.runs import RunResult, load_result
@@ -31,6 +33,7 @@ FINDINGS = {
     "viral": ("viral pneumonia other than COVID-19", ("viral pneumonia",)),
     "pneumonia": ("bacterial pneumonia", ("bacterial pneumonia", "pneumonia lung")),
 }
+MAX_ENTRIES = 2000
 PROBES = {"convex": ("convex", "curvilinear", "curved"), "linear": ("linear", "linear array")}
 
 
@@ -44,11 +47,13 @@ class Sampling:
 
 
 def describe_labels(conditions: list[dict[str, str]]) -> tuple[Label, ...]:
-    """Labels for the combinations of finding and probe that were trained.
+    """Labels for the combinations of conditions that were trained.
 
-    A finding may be asked for without naming the probe: then the first of :data:`PROBES` it was trained with
-    is meant.
+    The words of the lung-ultrasound data are known. There, a finding may be asked for without naming the probe: then
+    the first of :data:`PROBES` it was trained with is meant. Labels of other data are called after their values.
     """
+    if conditions and set(conditions[0]) != {"finding", "probe"}:
+        return _plain_labels(conditions)
     labels = []
     named: set[str] = set()
     for finding, (words, synonyms) in FINDINGS.items():
@@ -72,18 +77,41 @@ def describe_labels(conditions: list[dict[str, str]]) -> tuple[Label, ...]:
     return tuple(labels)
 
 
-def training_data_entries(clips: list[dict[str, Any]]) -> tuple[dict[str, str], ...]:
-    """Name, label, licence, source and attribution of every training clip."""
+def _plain_labels(conditions: list[dict[str, str]]) -> tuple[Label, ...]:
+    """Labels called after their values: ``{"label": "polyp", "light": "NBI"}`` is ``polyp-NBI``."""
+    named: dict[str, dict[str, str]] = {}
+    for condition in conditions:
+        name = "-".join(re.sub(r"[^A-Za-z0-9]+", "_", value).strip("_") or "none" for value in condition.values())
+        if normalise_label(name) in named:
+            raise TrainingError(f"{condition} and {named[normalise_label(name)]} would both be called {name!r}")
+        named[normalise_label(name)] = condition
     return tuple(
+        Label(
+            name="-".join(re.sub(r"[^A-Za-z0-9]+", "_", value).strip("_") or "none" for value in condition.values()),
+            description=", ".join(f"{key}: {value}" for key, value in condition.items()),
+            condition=condition,
+        )
+        for condition in named.values()
+    )
+
+
+def training_data_entries(clips: list[dict[str, Any]]) -> tuple[dict[str, str], ...]:
+    """Name, label, licence, source and attribution of every training clip; of very many, one entry for all alike."""
+    entries = [
         {
             "file": clip["file"],
-            "label": f"{clip['label']}-{clip['probe']}",
+            "label": "-".join(clip.get("labels", {}).values()) or f"{clip['label']}-{clip['probe']}",
             "licence": clip["licence"],
             "source": clip["source"],
             "attribution": clip["attribution"],
         }
         for clip in clips
-    )
+    ]
+    if len(entries) <= MAX_ENTRIES:
+        return tuple(entries)
+    counts = Counter(tuple(list(entry.values())[1:]) for entry in entries)
+    names = ("label", "licence", "source", "attribution")
+    return tuple({"file": f"{count} clips"} | dict(zip(names, values, strict=True)) for values, count in counts.items())
 
 
 def export_checkpoint(
@@ -93,7 +121,7 @@ def export_checkpoint(
     denoiser_run: Path,
     average: str | None = None,
     name: str,
-    licence: str = "CC BY 4.0",
+    licence: str | None = None,
     metrics: dict[str, Any] | None = None,
     sampling: Sampling | None = None,
 ) -> Manifest:
@@ -104,7 +132,7 @@ def export_checkpoint(
         autoencoder_run: Folder of the run; or of the checkpoint whose autoencoder the denoiser was trained on. Of the
             run's averages the one is taken that the denoiser was trained on.
         average: Which of the denoiser's averages; default its first.
-        licence: Of the weights.
+        licence: Of the weights; default CC BY 4.0 for the lung-ultrasound data, else those of the clips.
         metrics: Figures for the manifest, e.g. of :mod:`training.evaluate`.
 
     Raises:
@@ -168,7 +196,7 @@ def _verify(directory: Path, autoencoder: dict[str, Tensor], denoiser: dict[str,
 
 def _manifest(
     name: str,
-    licence: str,
+    licence: str | None,
     config: ModelConfig,
     data: DataConfig,
     clips: list[dict[str, Any]],
@@ -178,19 +206,24 @@ def _manifest(
 ) -> Manifest:
     conditions: list[dict[str, str]] = []
     for clip in clips:
-        condition = {key: clip[column] for key, column in data.condition_columns.items()}
+        columns = clip.get("labels") or clip  # of a prepared cache, or of a table
+        condition = {key: columns[column] for key, column in data.condition_columns.items()}
         if condition not in conditions:
             conditions.append(condition)
+    is_lung = data.dataset == "lung_ultrasound"
+    subject = "Lung ultrasound" if is_lung else data.dataset
+    of_clips = ", ".join(sorted({clip["licence"] or "not stated" for clip in clips}))
     return Manifest(
         format_version=FORMAT_VERSION,
         name=name,
         description=(
-            f"Lung ultrasound clips of {data.num_frames} frames, {data.width}x{data.height} pixels, "
-            f"{data.target_fps:g} frames a second, by finding and probe. Trained on {len(clips)} clips."
+            f"{subject} clips of {data.num_frames} frames, {data.width}x{data.height} pixels, "
+            f"{data.target_fps:g} frames a second, by {' and '.join(data.condition_columns)}. "
+            f"Trained on {len(clips)} clips."
         ),
-        modality="US",
+        modality="US" if is_lung else data.modality,
         intended_use=INTENDED_USE,
-        licence=licence,
+        licence=licence or ("CC BY 4.0" if is_lung else f"that of the training clips: {of_clips}"),
         created_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         labels=describe_labels(conditions),
         limits=Limits(

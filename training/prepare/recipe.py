@@ -53,6 +53,7 @@ def fit_recipe(
         condition_columns={name: name for name in values},
         height=index.height,
         width=index.width,
+        modality=index.modality,
     )
     shown = "; ".join(f"{name}: {_some(known)}" for name, known in values.items())
     said = (
