@@ -14,6 +14,7 @@ from medsora.config import ModelConfig
 from medsora.jsonconfig import from_json, to_json
 
 __all__ = [
+    "AlignmentConfig",
     "AutoencoderLossConfig",
     "DataConfig",
     "DenoiserLossConfig",
@@ -29,6 +30,7 @@ PARTS = ("autoencoder", "denoiser")
 SCHEDULES = ("constant", "cosine")
 CLOCKS = ("steps", "seconds")
 PRECISIONS = ("fp32", "bf16")
+ALIGNMENTS = ("none", "raft", "paper")
 BESTS = ("least", "most")
 STRATEGIES = ("auto", "ddp", "fsdp")
 
@@ -176,35 +178,98 @@ class AutoencoderLossConfig:
     """Squared error: what PSNR counts, L1 alone is content with blurred speckle."""
     focal_frequency: float = 1.0
     perceptual: float = 0.02
-    """Distance in SqueezeNet features; needs ``--squeezenet`` unless 0."""
+    """LPIPS, or distance in SqueezeNet features; needs ``--lpips`` or ``--squeezenet`` unless 0."""
     perceptual_frames: int = 4
     """Frames of each clip, drawn at random, that the perceptual term looks at."""
     kl: float = 1e-3
     """Mean over latent elements of the divergence from a standard normal."""
+    adversarial: float = 0.0
+    """What a discriminator, trained beside the autoencoder, says of reconstructions; 0 trains none."""
+    adversarial_start_step: int = 0
+    """The discriminator starts at this step: late, when what is left to repair is what the other terms cannot see."""
+    adversarial_ramp_steps: int = 500
+    """The weight rises over so many steps from there, since the discriminator has to learn first."""
+    discriminator_channels: int = 32
+    """Width of its first layer."""
+    discriminator_frames: int = 4
+    """Consecutive frames of each clip, from a random one on, that it sees together."""
 
     def __post_init__(self) -> None:
-        weights = (self.l1, self.mse, self.focal_frequency, self.perceptual, self.kl)
+        weights = (self.l1, self.mse, self.focal_frequency, self.perceptual, self.kl, self.adversarial)
         _require(all(weight >= 0 for weight in weights), f"autoencoder_loss weights are below 0: {weights}")
-        _require(self.perceptual_frames >= 1, "autoencoder_loss.perceptual_frames must be at least 1")
+        counts = (self.perceptual_frames, self.discriminator_channels, self.discriminator_frames)
+        _require(
+            all(count >= 1 for count in counts),
+            "autoencoder_loss.perceptual_frames, discriminator_channels and discriminator_frames must be at least 1, "
+            f"got {counts}",
+        )
+        steps = (self.adversarial_start_step, self.adversarial_ramp_steps)
+        _require(
+            all(step >= 0 for step in steps),
+            f"autoencoder_loss.adversarial_start_step and adversarial_ramp_steps must be at least 0, got {steps}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserLossConfig:
-    """How diffusion time and condition are drawn."""
+    """How diffusion time, clean prefix and condition are drawn."""
 
     time_mean: float = 0.0
-    """Mean of logit(t); above 0 draws noisier times more often."""
+    """Mean of logit(t); above 0 draws noisier times more often. For velocities; steps of noise are uniform."""
     time_std: float = 1.0
     """Standard deviation of logit(t)."""
+    clean_prefixes: float = 0.0
+    """Share of clips of which the first latent frames are given clean, so that the network learns to go on from them.
+    For velocities alone."""
     label_dropout: float = 0.1
     """Share of clips trained without condition, for guidance."""
 
     def __post_init__(self) -> None:
+        _require(
+            0 <= self.clean_prefixes < 1,
+            f"denoiser_loss.clean_prefixes must be in [0, 1), got {self.clean_prefixes}",
+        )
         _require(self.time_std > 0, f"denoiser_loss.time_std must be above 0, got {self.time_std}")
         _require(
             0 <= self.label_dropout < 1,
             f"denoiser_loss.label_dropout must be in [0, 1), got {self.label_dropout}",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentConfig:
+    """What the denoiser's tokens after spatial Mamba are drawn towards while it trains."""
+
+    kind: str = "none"
+    """``raft``: motion features of RAFT, through a convolutional projector. ``paper``: image features of flow drawn
+    as colour, in every block, without a projector. ``none``."""
+    weight: float = 0.5
+    """The paper's is 0.1."""
+    stop_step: int | None = None
+    """From this step on the weight is 0; None is never."""
+    block: int = 2
+    """The block, counted from 0, that ``raft`` aligns; those after it are free."""
+    projector_channels: int = 256
+    """Width of ``raft``'s projector."""
+    margin: float = 0.01
+    """Of ``paper``: what may be left of the loss of a clip, weighted by its time."""
+
+    def __post_init__(self) -> None:
+        _require(self.kind in ALIGNMENTS, f"alignment.kind must be one of {ALIGNMENTS}, got {self.kind!r}")
+        _require(
+            self.weight > 0 or self.kind == "none",
+            f"alignment.weight must be above 0, got {self.weight}: switch alignment off with alignment.kind=none",
+        )
+        _require(
+            self.stop_step is None or self.stop_step >= 1,
+            f"alignment.stop_step must be at least 1, got {self.stop_step}",
+        )
+        _require(self.block >= 0, f"alignment.block must be at least 0, got {self.block}")
+        _require(
+            self.projector_channels >= 1,
+            f"alignment.projector_channels must be at least 1, got {self.projector_channels}",
+        )
+        _require(self.margin >= 0, f"alignment.margin must be at least 0, got {self.margin}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +286,7 @@ class TrainConfig:
     loop: LoopConfig
     autoencoder_loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
     denoiser_loss: DenoiserLossConfig = field(default_factory=DenoiserLossConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
 
     def __post_init__(self) -> None:
         _require(self.part in PARTS, f"part must be one of {PARTS}, got {self.part!r}")
@@ -228,6 +294,16 @@ class TrainConfig:
             tuple(self.data.condition_columns) == tuple(self.model.condition_names),
             f"data.condition_columns name {tuple(self.data.condition_columns)}, "
             f"the model's conditions are {tuple(self.model.condition_names)}",
+        )
+        denoiser = self.model.denoiser
+        _require(
+            denoiser.prediction == "velocity" or self.denoiser_loss.clean_prefixes == 0,
+            "denoiser_loss.clean_prefixes is for model.denoiser.prediction=velocity: where noise is predicted no time "
+            f"is without any; got {self.denoiser_loss.clean_prefixes}",
+        )
+        _require(
+            self.alignment.kind != "raft" or self.alignment.block < denoiser.depth,
+            f"alignment.block must be below the denoiser's depth, {denoiser.depth}, got {self.alignment.block}",
         )
 
 

@@ -6,17 +6,16 @@ caller names. Axis letters: n pairs of frames, c channels, h height, w width.
 """
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from training.errors import TrainingError
+from training.weights import read_weights
 
 __all__ = ["MOTION_CHANNELS", "Raft", "flow_to_colour", "load_raft"]
 
@@ -230,15 +229,7 @@ def load_raft(path: Path, *, device: torch.device | str = "cpu") -> Raft:
     Raises:
         TrainingError: No such file, unreadable, or other names or shapes than RAFT-small's.
     """
-    try:
-        if path.suffix == ".safetensors":
-            weights: Mapping[str, Tensor] = load_file(path)
-        else:
-            # weights_only: the file can hold tensors and nothing that runs
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        weights = {name.removeprefix("module."): value for name, value in weights.items()}
-    except Exception as error:  # torch raises half a dozen unrelated types for a damaged file
-        raise TrainingError(f"RAFT weights {path} cannot be read: {error}") from error
+    weights = {name.removeprefix("module."): value for name, value in read_weights(path, "RAFT").items()}
     network = Raft()
     try:
         network.load_state_dict(weights)

@@ -1,6 +1,8 @@
 """Named training runs: functions that return a complete :class:`~training.config.TrainConfig`. Torch-free.
 
-``*_small`` make the shipped lung-ultrasound checkpoint; ``*_tiny`` run in seconds on a CPU, for tests.
+``*_small`` make the shipped lung-ultrasound checkpoint; ``*_base`` train the paper's network as it was trained;
+``*_tiny`` run in seconds on a CPU, for tests. What differs in a single part is no recipe of its own, but ``--set``
+(docs/training.md).
 """
 
 from collections.abc import Callable
@@ -8,13 +10,24 @@ from dataclasses import replace
 
 from medsora.config import ModelConfig
 from medsora.presets import preset
-from training.config import DataConfig, DenoiserLossConfig, LoopConfig, OptimizerConfig, TrainConfig
+from training.config import (
+    AlignmentConfig,
+    AutoencoderLossConfig,
+    DataConfig,
+    DenoiserLossConfig,
+    LoopConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 
 __all__ = [
     "RECIPES",
+    "autoencoder_base",
     "autoencoder_small",
     "autoencoder_tiny",
+    "denoiser_base",
     "denoiser_small",
+    "denoiser_small_ddpm",
     "denoiser_tiny",
     "recipe",
 ]
@@ -55,7 +68,10 @@ def autoencoder_small() -> TrainConfig:
 
 
 def denoiser_small() -> TrainConfig:
-    """Lung-ultrasound denoiser of the ``small`` preset: nine minutes on one H200. Needs the autoencoder's run."""
+    """Lung-ultrasound denoiser of the ``small`` preset, aligned with RAFT for the first part of the run.
+
+    A third of the clips begin with frames that are given, so that it learns to go on from an image or a clip too.
+    """
     return TrainConfig(
         recipe="denoiser_small",
         part="denoiser",
@@ -70,7 +86,68 @@ def denoiser_small() -> TrainConfig:
             evaluate_every=2000,
             checkpoint_every=5000,
         ),
-        denoiser_loss=DenoiserLossConfig(time_mean=0.4),
+        denoiser_loss=DenoiserLossConfig(time_mean=0.4, clean_prefixes=0.3),
+        alignment=AlignmentConfig(kind="raft", stop_step=2500),
+    )
+
+
+def denoiser_small_ddpm() -> TrainConfig:
+    """``denoiser_small`` with the paper's objective in the place of rectified flow, and nothing else changed but that
+    every clip is made from noise alone."""
+    flow = denoiser_small()
+    network = replace(flow.model.denoiser, prediction="noise", out_channels=2 * flow.model.denoiser.in_channels)
+    return replace(
+        flow,
+        recipe="denoiser_small_ddpm",
+        model=replace(flow.model, denoiser=network),
+        denoiser_loss=DenoiserLossConfig(),
+    )
+
+
+def autoencoder_base() -> TrainConfig:
+    """The autoencoder that ``denoiser_base`` needs, with the weights of the paper's loss terms.
+
+    Trained from the start, where the paper fine-tunes a frozen one: hence the higher rate and the divergence.
+    """
+    return TrainConfig(
+        recipe="autoencoder_base",
+        part="autoencoder",
+        model=_model("base"),
+        data=replace(LUNG_DATA, sampling_exponent=0.75),
+        optimizer=OptimizerConfig(learning_rate=1e-4, betas=(0.5, 0.9), warmup_steps=1000),
+        loop=LoopConfig(
+            steps=100_000,
+            batch_size=8,
+            ema_half_lives=(7000, 700),
+            compile=True,
+            evaluate_every=5000,
+            checkpoint_every=5000,
+        ),
+        autoencoder_loss=AutoencoderLossConfig(mse=0.0, focal_frequency=0.01, perceptual=0.01, kl=1e-5),
+    )
+
+
+def denoiser_base() -> TrainConfig:
+    """MedSora-B as it was published: noise prediction with learned variance, constant rate, the paper's alignment.
+
+    Ours are the class conditions with their dropout, and batches of 16 in place of one or two. An average of half-life
+    6931 steps is one that keeps 0.9999 of itself at each.
+    """
+    return TrainConfig(
+        recipe="denoiser_base",
+        part="denoiser",
+        model=_model("base"),
+        data=replace(LUNG_DATA, sampling_exponent=1.0),
+        optimizer=OptimizerConfig(learning_rate=1e-4, betas=(0.9, 0.999), warmup_steps=0, schedule="constant"),
+        loop=LoopConfig(
+            steps=200_000,
+            batch_size=16,
+            ema_half_lives=(6931, 2000),
+            compile=True,
+            evaluate_every=10_000,
+            checkpoint_every=10_000,
+        ),
+        alignment=AlignmentConfig(kind="paper", weight=0.1),
     )
 
 
@@ -109,11 +186,21 @@ def denoiser_tiny() -> TrainConfig:
         data=TINY_DATA,
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=5),
         loop=replace(TINY_LOOP, batch_size=4),
+        alignment=AlignmentConfig(),
     )
 
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
-    function.__name__: function for function in (autoencoder_small, denoiser_small, autoencoder_tiny, denoiser_tiny)
+    function.__name__: function
+    for function in (
+        autoencoder_small,
+        denoiser_small,
+        denoiser_small_ddpm,
+        autoencoder_base,
+        denoiser_base,
+        autoencoder_tiny,
+        denoiser_tiny,
+    )
 }
 
 

@@ -23,6 +23,7 @@ from medsora.files import sha256_of
 from medsora.jsonconfig import from_json, to_json
 from medsora.models.autoencoder import VideoAutoencoder
 from medsora.models.denoiser import Denoiser
+from training.alignment import AlignmentFiles, make_alignment
 from training.config import DataConfig, TrainConfig, config_hash
 from training.data.clips import ClipSet, load_clips
 from training.data.latents import LatentSet, latent_statistics, load_or_encode
@@ -30,8 +31,8 @@ from training.data.manifest import read_clip_table, select_clips
 from training.data.prepared import load_prepared
 from training.distributed import Processes
 from training.errors import TrainingError
+from training.perceptual import FrameDistance
 from training.prepare.cache import is_cache, open_cache
-from training.squeezenet import SqueezeNet
 from training.tasks import AutoencoderTask, DenoiserTask
 from training.trainer import TrainResult, step_seed, train
 
@@ -98,7 +99,7 @@ def train_autoencoder(
     directory: Path,
     *,
     table: Path,
-    squeezenet: SqueezeNet | None,
+    perceptual: FrameDistance | None = None,
     device: torch.device,
     processes: Processes | None = None,
     initial: dict[str, Tensor] | None = None,
@@ -110,6 +111,7 @@ def train_autoencoder(
     """Train an autoencoder, store its latent statistics in it, write ``result/``.
 
     Args:
+        perceptual: What the perceptual term measures with; needed unless its weight is 0.
         processes: Those that train together; default this one alone.
         initial: Weights to start from instead of random ones.
         time_budget_s, started: As in :func:`training.trainer.train`.
@@ -120,7 +122,7 @@ def train_autoencoder(
     torch.manual_seed(step_seed(config.loop.seed, -1))
     model = VideoAutoencoder(config.model.require_autoencoder()).to(device)
     _start_from(model, initial)
-    task = AutoencoderTask(config, model, splits["train"], splits["test"], squeezenet)
+    task = AutoencoderTask(config, model, splits["train"], splits["test"], perceptual)
     result = train(
         task, config, directory, device=device, processes=processes, is_resuming=is_resuming,
         time_budget_s=time_budget_s, started=started, report=report,
@@ -143,6 +145,7 @@ def train_denoiser(
     table: Path,
     autoencoder: Path,
     autoencoder_average: str | None = None,
+    alignment_files: AlignmentFiles | None = None,
     device: torch.device,
     processes: Processes | None = None,
     initial: dict[str, Tensor] | None = None,
@@ -156,6 +159,7 @@ def train_denoiser(
     Args:
         autoencoder: Folder of a finished autoencoder run, or a checkpoint directory.
         autoencoder_average: Which of the run's averages; default the first.
+        alignment_files: Frozen networks, as ``alignment.kind`` needs them.
     """
     _require_part(config, "denoiser")
     processes = processes or Processes(device)
@@ -189,7 +193,18 @@ def train_denoiser(
     torch.manual_seed(step_seed(config.loop.seed, -1))
     model = Denoiser(config.model.denoiser).to(device)
     _start_from(model, initial)
-    task = DenoiserTask(config, model, latents["train"], latents["test"], clips=splits["train"], autoencoder=coder)
+    with processes.first_goes_ahead():
+        alignment = make_alignment(
+            config,
+            model,
+            splits["train"],
+            files=alignment_files or AlignmentFiles(),
+            cache=directory / "flow-features.safetensors",
+            device=device,
+        )
+    task = DenoiserTask(
+        config, model, latents["train"], latents["test"], clips=splits["train"], autoencoder=coder, alignment=alignment
+    )
     result = train(
         task, config, directory, device=device, processes=processes, is_resuming=is_resuming,
         time_budget_s=time_budget_s, started=started, report=report,

@@ -192,7 +192,7 @@ def test_step_seeds_differ() -> None:
 def autoencoder_run(tmp_path_factory: pytest.TempPathFactory, table: Path) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "autoencoder"
     settings = override(recipe("autoencoder_tiny"), ["loop.steps=80"])
-    train_autoencoder(settings, folder, table=table, squeezenet=None, device=CPU, report=quiet)
+    train_autoencoder(settings, folder, table=table, device=CPU, report=quiet)
     return folder
 
 
@@ -218,9 +218,7 @@ def test_a_process_killed_outright_resumes_to_the_bit(table: Path, tmp_path: Pat
     assert 20 <= state.step < 200
     config = override(recipe("autoencoder_tiny"), settings)
     for name, is_resuming in (("cut", True), ("whole", False)):
-        train_autoencoder(
-            config, tmp_path / name, table=table, squeezenet=None, device=CPU, is_resuming=is_resuming, report=quiet
-        )
+        train_autoencoder(config, tmp_path / name, table=table, device=CPU, is_resuming=is_resuming, report=quiet)
     assert_same_state(tmp_path / "whole", tmp_path / "cut")
     results = [(tmp_path / name / "result/weights.safetensors").read_bytes() for name in ("whole", "cut")]
     assert results[0] == results[1]
@@ -270,10 +268,10 @@ def test_runs_refuse_what_does_not_belong(autoencoder_run: Path, table: Path, tm
     with pytest.raises(TrainingError, match="holds a run of part autoencoder, not denoiser"):
         load_result(autoencoder_run, part="denoiser")
     with pytest.raises(TrainingError, match="recipe for the denoiser"):
-        train_autoencoder(recipe("denoiser_tiny"), tmp_path, table=table, squeezenet=None, device=CPU, report=quiet)
+        train_autoencoder(recipe("denoiser_tiny"), tmp_path, table=table, device=CPU, report=quiet)
     settings = override(recipe("autoencoder_tiny"), ["autoencoder_loss.perceptual=0.1"])
     with pytest.raises(TrainingError, match="--squeezenet"):
-        train_autoencoder(settings, tmp_path, table=table, squeezenet=None, device=CPU, report=quiet)
+        train_autoencoder(settings, tmp_path, table=table, device=CPU, report=quiet)
     settings = override(recipe("denoiser_tiny"), ["model.autoencoder.channels=[8, 8, 8]"])
     with pytest.raises(TrainingError, match="another shape"):
         train_denoiser(settings, tmp_path, table=table, autoencoder=autoencoder_run, device=CPU, report=quiet)
