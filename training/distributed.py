@@ -7,6 +7,7 @@ of all weights, and checkpoints hold whole tensors, so that any number of proces
 """
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,6 +80,8 @@ class Processes:
             dist.broadcast(tensor, src=0)
         _replace(model, self)
         if is_cut and self.strategy == "fsdp":
+            # it warns of networks that return views, which nobody may then change in place: nobody does
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
             mesh = init_device_mesh(self.device.type, (self.count,))
             lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
             for block in [child for blocks in lists for child in blocks if not isinstance(child, nn.Embedding)]:

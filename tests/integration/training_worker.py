@@ -1,0 +1,151 @@
+"""What torchrun starts for ``test_training_processes``: one of the scenarios below in each of several processes.
+
+``python training_worker.py FOLDER SCENARIO...``. Loaded by the test too, which runs the same tasks in one process.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from training.config import TrainConfig, override
+from training.distributed import Processes, Share, join
+from training.errors import NonFiniteError
+from training.recipes import recipe
+from training.runs import train_autoencoder, train_denoiser
+from training.trainer import train
+
+CPU = torch.device("cpu")
+STEPS = 8
+LOOP = (f"loop.steps={STEPS}", "loop.log_every=1", "loop.checkpoint_every=100", "loop.evaluate_every=100",
+        "loop.batch_size=4", "loop.ema_half_lives=[6.5, 2]")  # fmt: skip
+
+
+def toy_config() -> TrainConfig:
+    return override(recipe("autoencoder_tiny"), [*LOOP, "loop.batch_size=16"])
+
+
+def autoencoder_config(strategy: str = "auto") -> TrainConfig:
+    settings = [*LOOP, "model.autoencoder.dropout=0.2", f"loop.distributed={strategy}"]
+    return override(recipe("autoencoder_tiny"), settings)
+
+
+def denoiser_config(strategy: str = "auto") -> TrainConfig:
+    settings = [*LOOP, "model.autoencoder.dropout=0.2", f"loop.distributed={strategy}"]
+    return override(recipe("denoiser_tiny"), settings)
+
+
+class Toy:
+    """Fits a line under batch norm and dropout, beside a critic that has a term of its own."""
+
+    def __init__(self, *, poisoned_rank: int | None = None) -> None:
+        torch.manual_seed(7)
+        self.model: nn.Module = nn.Sequential(
+            # a bias before batch norm has no gradient but rounding, which AdamW would blow up
+            nn.Linear(4, 8, bias=False),
+            nn.BatchNorm1d(8),
+            nn.Dropout(0.3),
+            nn.Linear(8, 1),
+        )
+        self.critic = nn.Linear(1, 1)
+        self.share, self.poisoned_rank = Share(), poisoned_rank
+
+    def auxiliary(self) -> dict[str, nn.Module]:
+        return {"critic": self.critic}
+
+    def take_share(self, share: Share) -> None:
+        self.share = share
+
+    def compile(self) -> None:
+        raise AssertionError("not asked for")
+
+    def describe(self, generator: torch.Generator) -> list[str]:
+        return [f"row {row}" for row in self.share.of(torch.arange(16)).tolist()]
+
+    def loss(self, generator: torch.Generator, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        x = self.share.of(torch.randn(16, 4, generator=generator))
+        answer = self.model(x)
+        loss = (answer[:, 0] - x.sum(dim=1)).square().mean()
+        if step >= 1:  # a critic that starts late has no gradients and no optimizer state before
+            loss = loss + (self.critic(answer.detach()) - 1).square().mean()
+        if step == 3 and self.share.rank == self.poisoned_rank:
+            loss = loss * float("nan")
+        return loss, {"mse": loss.detach()}
+
+    def evaluate(self, average: nn.Module) -> dict[str, float]:
+        return {"norm": float(sum(parameter.square().sum() for parameter in average.parameters()))}
+
+    def show(self, average: nn.Module) -> dict[str, np.ndarray]:
+        return {}
+
+
+def quiet(text: str) -> None:
+    """Progress is not looked at here."""
+
+
+def toy(folder: Path, processes: Processes) -> None:
+    for strategy in ("ddp", "fsdp"):
+        same = with_strategy(processes, strategy)
+        train(Toy(), toy_config(), folder / f"toy-{strategy}", device=CPU, processes=same, report=quiet)
+
+
+def poisoned(folder: Path, processes: Processes) -> None:
+    """The second process alone has a loss that is not finite; what each says of it is written down."""
+    try:
+        train(Toy(poisoned_rank=1), toy_config(), folder / "poisoned", device=CPU, processes=processes, report=quiet)
+    except NonFiniteError as error:
+        text = json.dumps({"step": error.step, "batch": error.batch})
+        (folder / f"poisoned-{processes.share.rank}.json").write_text(text, encoding="utf-8")
+
+
+def stopped(folder: Path, processes: Processes) -> None:
+    """The second process alone gets a SIGTERM, in its fifth step."""
+
+    class Interrupted(Toy):
+        def loss(self, generator: torch.Generator, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+            if step == 4 and self.share.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().loss(generator, step)
+
+    result = train(
+        Interrupted(), toy_config(), folder / "stopped",
+        device=CPU, processes=with_strategy(processes, "fsdp"), report=quiet,
+    )  # fmt: skip
+    text = json.dumps({"step": result.step, "signal": result.signal_number})
+    (folder / f"stopped-{processes.share.rank}.json").write_text(text, encoding="utf-8")
+
+
+def networks(folder: Path, processes: Processes) -> None:
+    """Both parts of the model, from clips to results."""
+    table = folder / "clips" / "clips.csv"
+    for strategy in ("ddp", "fsdp"):
+        same = with_strategy(processes, strategy)
+        train_autoencoder(
+            autoencoder_config(strategy), folder / f"autoencoder-{strategy}", table=table,
+            device=CPU, processes=same, report=quiet,
+        )  # fmt: skip
+        train_denoiser(
+            denoiser_config(strategy), folder / f"denoiser-{strategy}", table=table,
+            autoencoder=folder / "autoencoder-one", device=CPU, processes=same, report=quiet,
+        )  # fmt: skip
+
+
+def with_strategy(processes: Processes, strategy: str) -> Processes:
+    return Processes(processes.device, share=processes.share, strategy=strategy)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder, *scenarios = sys.argv[1:]
+    with join(CPU, "auto") as processes:
+        for name in scenarios:
+            {"toy": toy, "poisoned": poisoned, "stopped": stopped, "networks": networks}[name](Path(folder), processes)
+
+
+if __name__ == "__main__":
+    main()
