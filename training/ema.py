@@ -25,29 +25,29 @@ class Averages:
 
     Args:
         model: The trained network, as it is trained (cut over processes, if it is).
-        half_lives: In steps: after so many, a weight counts half in that average. Early on an average keeps
-            ``(1 + step) / (10 + step)`` of itself at a step where that is less than its half-life asks for, so
-            that the random start is soon forgotten.
+        half_lives: In steps: after so many, a weight counts half in that average. Until the run is twice as long,
+            half of the steps so far stand in for it, so that the random start is soon forgotten.
     """
 
     def __init__(self, model: nn.Module, half_lives: Sequence[float]) -> None:
         self._sources: dict[str, nn.Parameter] = dict(model.named_parameters())
-        self._decays = {average_name(half_life): 0.5 ** (1.0 / half_life) for half_life in half_lives}
+        self._half_lives = {average_name(half_life): half_life for half_life in half_lives}
         self._parts = {
-            name: [local_part(source.detach()).clone() for source in self._sources.values()] for name in self._decays
+            name: [local_part(source.detach()).clone() for source in self._sources.values()] for name in self._half_lives
         }
 
     @property
     def names(self) -> tuple[str, ...]:
         """In the order of the half-lives."""
-        return tuple(self._decays)
+        return tuple(self._half_lives)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move towards the trained network; ``step`` counts from 0."""
         sources = [local_part(source.detach()) for source in self._sources.values()]
-        for name, decay in self._decays.items():
-            torch._foreach_lerp_(self._parts[name], sources, 1.0 - min(decay, (1 + step) / (10 + step)))
+        for name, half_life in self._half_lives.items():
+            kept = 0.5 ** (1.0 / min(half_life, (step + 1) / 2))
+            torch._foreach_lerp_(self._parts[name], sources, 1.0 - kept)
 
     def whole(self, name: str) -> dict[str, Tensor]:
         """One average, by parameter; where the network is cut all processes must ask for it."""

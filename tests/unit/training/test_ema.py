@@ -17,7 +17,7 @@ def test_each_average_follows_the_formula() -> None:
             model.weight.add_(torch.randn_like(model.weight))
         averages.update(step)
         for half_life, value in expected.items():
-            kept = min(0.5 ** (1 / half_life), (1 + step) / (10 + step))
+            kept = 0.5 ** (1 / min(half_life, (step + 1) / 2))
             expected[half_life] = kept * value + (1 - kept) * model.weight.detach()
     for half_life, value in expected.items():
         torch.testing.assert_close(averages.whole(f"ema-{half_life:g}")["weight"], value)

@@ -1,22 +1,23 @@
 """The loop: it learns, resumes to the bit, stops cleanly, and notices what is not finite."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from training.checkpointing import load_newest
+from training import trainer
+from training.checkpointing import TrainingState, load_newest
 from training.config import OptimizerConfig, TrainConfig, override
-from training.distributed import Share
+from training.distributed import Processes, Share
 from training.errors import NonFiniteError, TrainingError
 from training.recipes import recipe
 from training.runs import load_result, train_autoencoder, train_denoiser
@@ -28,26 +29,32 @@ CPU = torch.device("cpu")
 class Regression:
     """A task small enough for many runs: fit a line, with dropout, so that every random number counts."""
 
-    def __init__(self, *, poison_at: int | None = None, interrupt_at: int | None = None) -> None:
+    def __init__(
+        self, *, poison_at: int | None = None, interrupt_at: int | None = None, has_critic: bool = False
+    ) -> None:
         torch.manual_seed(7)
         self.model: nn.Module = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
+        self.critic = nn.Linear(1, 1) if has_critic else None
         self.calls, self.poison_at, self.interrupt_at = 0, poison_at, interrupt_at
 
     def compile(self) -> None:
         raise AssertionError("not asked for")
 
     def auxiliary(self) -> dict[str, nn.Module]:
-        return {}
+        return {} if self.critic is None else {"critic": self.critic}
 
     def take_share(self, share: Share) -> None:
         raise AssertionError("there is one process")
 
     def describe(self, generator: torch.Generator) -> list[str]:
-        return []
+        return [f"clip {torch.rand(1, generator=generator).item():.6f}", *(f"clip {number}" for number in range(1, 11))]
 
     def loss(self, generator: torch.Generator, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         x = torch.randn(16, 4, generator=generator)
-        loss = (self.model(x)[:, 0] - x.sum(dim=1)).square().mean()
+        answer = self.model(x)
+        loss = (answer[:, 0] - x.sum(dim=1)).square().mean()
+        if self.critic is not None and step >= 25:  # one that starts late
+            loss = loss + (self.critic(answer.detach()) - 3).square().mean()
         if self.calls == self.poison_at:
             loss = loss * float("nan")
         if self.calls == self.interrupt_at:
@@ -66,7 +73,7 @@ def config(**loop: object) -> TrainConfig:
     base = recipe("autoencoder_tiny")
     return dataclasses.replace(
         base,
-        loop=dataclasses.replace(base.loop, steps=60, checkpoint_every=20, evaluate_every=60, **loop),  # type: ignore[arg-type]
+        loop=dataclasses.replace(base.loop, **{"steps": 60, "checkpoint_every": 20, "evaluate_every": 60, **loop}),  # type: ignore[arg-type]
     )
 
 
@@ -95,9 +102,19 @@ def assert_same_state(first: Path, second: Path) -> None:
             assert torch.equal(value, theirs[name]), f"{group}/{name}"
 
 
+def log_lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    """The lines about steps."""
+    return [line for line in log_lines(folder) if "loss" in line]
+
+
 def losses(folder: Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+    steps = [line["step"] for line in log_of(folder)]
+    assert len(set(steps)) == len(steps)
+    return {line["step"]: line["loss"] for line in log_of(folder)}
 
 
 @pytest.mark.parametrize("killed_at", [30, 50])
@@ -154,6 +171,129 @@ def test_nan_stops_the_run_and_names_the_step(tmp_path: Path) -> None:
     assert all(value.isfinite().all() for value in state.modules["model"].values())
 
 
+def test_nan_names_the_clips_of_its_batch(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError) as caught:
+        train(Regression(poison_at=33), config(), tmp_path, device=CPU, report=quiet)
+    drawn = torch.rand(1, generator=torch.Generator().manual_seed(step_seed(0, 33))).item()
+    assert caught.value.batch[0] == f"clip {drawn:.6f}"  # what that step drew, not what the last one did
+    assert len(caught.value.batch) == 11
+    assert f"on clip {drawn:.6f}; clip 1; " in str(caught.value)
+    assert "and 3 more" in str(caught.value)
+    last = json.loads((tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert (last["not_finite_at_step"], last["batch"]) == (33, list(caught.value.batch))
+
+
+def test_a_network_trained_beside_the_model_resumes_too(tmp_path: Path) -> None:
+    def critic_of(folder: Path) -> dict[str, Tensor]:
+        state = load_newest(folder / "checkpoints", report=pytest.fail)
+        assert state is not None
+        assert (
+            state.averages["ema-6.5"].keys() == dict(Regression().model.named_parameters()).keys()
+        )  # the model's alone
+        return state.modules["critic"]
+
+    before = Regression(has_critic=True).critic
+    train(Regression(has_critic=True), config(), tmp_path / "whole", device=CPU, report=quiet)
+    for interrupt_at in (15, 18):  # before the critic has an optimizer state, and after
+        cut = tmp_path / f"cut{interrupt_at}"
+        train(Regression(has_critic=True, interrupt_at=interrupt_at), config(), cut, device=CPU, report=quiet)
+        assert before is not None
+        assert torch.equal(critic_of(cut)["weight"], before.weight)
+        again = Regression(has_critic=True, interrupt_at=interrupt_at)
+        train(again, config(), cut, device=CPU, is_resuming=True, report=quiet)
+        train(Regression(has_critic=True), config(), cut, device=CPU, is_resuming=True, report=quiet)
+        assert_same_state(tmp_path / "whole", cut)
+    assert not torch.equal(critic_of(tmp_path / "whole")["weight"], before.weight)
+    with pytest.raises(TrainingError, match="networks critic, model; this run trains model"):
+        train(Regression(), config(steps=70), tmp_path / "whole", device=CPU, is_resuming=True, report=quiet)
+
+
+def test_the_critic_does_not_change_how_the_model_is_clipped(tmp_path: Path) -> None:
+    for name, has_critic in (("alone", False), ("beside", True)):
+        train(Regression(has_critic=has_critic), config(log_every=1), tmp_path / name, device=CPU, report=quiet)
+    norms = [[line["gradient_norm"] for line in log_of(tmp_path / name)] for name in ("alone", "beside")]
+    assert norms[0] == norms[1]
+    assert any(line["critic_gradient_norm"] > 1 for line in log_of(tmp_path / "beside"))
+
+
+class Scripted(Regression):
+    """Its evaluations give a figure that is highest at step 40 and lowest at step 30."""
+
+    figures: ClassVar = {10: 0.5, 20: 0.4, 30: 0.1, 40: 0.9, 50: 0.3, 60: 0.2}
+
+    def evaluate(self, average: nn.Module) -> dict[str, float]:
+        return {"error": self.figures[self.steps]}
+
+    def loss(self, generator: torch.Generator, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        self.steps = step + 1
+        return super().loss(generator, step)
+
+
+@pytest.mark.parametrize(("best", "kept"), [("least", 30), ("most", 40)])
+def test_the_best_checkpoint_is_kept_and_its_average_is_a_result(tmp_path: Path, best: str, kept: int) -> None:
+    settings = config(best_metric="error", best=best, evaluate_every=10, checkpoint_every=30)
+    result = train(Scripted(), settings, tmp_path, device=CPU, report=quiet)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == sorted({f"step-{step:08d}" for step in (kept, 60)} | ({"step-00000040"} if kept == 40 else set())
+                           | ({"step-00000030"} if kept == 30 else set()))  # fmt: skip
+    assert result.metrics["best"] == {"error": Scripted.figures[kept]}
+    stored = load_file(tmp_path / "checkpoints" / f"step-{kept:08d}" / "averages.safetensors")
+    for name, value in result.averages["best"].items():
+        if f"ema-6.5/{name}" in stored:
+            assert torch.equal(value, stored[f"ema-6.5/{name}"])
+    assert not torch.equal(result.averages["best"]["0.weight"], result.averages["ema-6.5"]["0.weight"])
+
+
+def test_the_best_so_far_is_known_after_a_restart(tmp_path: Path) -> None:
+    settings = config(best_metric="error", evaluate_every=10, checkpoint_every=30)
+    train(Scripted(interrupt_at=44), settings, tmp_path, device=CPU, report=quiet)
+    result = train(Scripted(), settings, tmp_path, device=CPU, is_resuming=True, report=quiet)
+    assert result.metrics["best"] == {"error": 0.1}
+    with pytest.raises(TrainingError, match="best_metric is 'psnr'; an evaluation has norm"):
+        train(Regression(), config(best_metric="psnr"), tmp_path / "b", device=CPU, report=quiet)
+
+
+def test_every_half_life_has_an_average_and_figures(tmp_path: Path) -> None:
+    result = train(Regression(), config(ema_half_lives=(25.0, 2.0, 5.0)), tmp_path, device=CPU, report=quiet)
+    assert list(result.averages) == ["ema-25", "ema-2", "ema-5"]
+    assert result.metrics.keys() == result.averages.keys()
+    newest = load_newest(tmp_path / "checkpoints", report=pytest.fail)
+    assert newest is not None
+    distance = {
+        name: float((state["3.weight"] - newest.modules["model"]["3.weight"]).norm())
+        for name, state in result.averages.items()
+    }
+    assert distance["ema-2"] < distance["ema-5"] < distance["ema-25"]  # the shorter, the closer behind
+    assert torch.equal(result.averages["ema-2"]["1.running_mean"], newest.modules["model"]["1.running_mean"])
+
+
+def test_a_full_disk_does_not_end_the_run_but_the_last_checkpoint_must_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, full_at = trainer.save_state, {20, 40}
+
+    def save(directory: Path, state: TrainingState, **options: Any) -> Path:
+        if state.step in full_at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(directory, state, **options)
+
+    monkeypatch.setattr(trainer, "save_state", save)
+    said: list[str] = []
+    result = train(Regression(), config(), tmp_path / "a", device=CPU, report=said.append)
+    assert result.is_finished
+    assert sum("cannot be written: [Errno 28] No space left on device; training goes on" in line for line in said) == 2
+    assert [line["step"] for line in log_lines(tmp_path / "a") if "not_saved" in line] == [20, 40]
+    full_at.add(60)
+    with pytest.raises(TrainingError, match="step 60 cannot be written"):
+        train(Regression(), config(), tmp_path / "b", device=CPU, report=quiet)
+
+
+def test_batches_that_cannot_be_shared_out_are_refused(tmp_path: Path) -> None:
+    three = Processes(CPU, share=Share(0, 3))
+    with pytest.raises(TrainingError, match="batch_size 2 cannot be shared out to 3"):
+        train(Regression(), config(), tmp_path, device=CPU, processes=three, report=quiet)
+
+
 def test_nan_is_never_saved_even_between_log_lines(tmp_path: Path) -> None:
     rare = config(log_every=1000)
     with pytest.raises(NonFiniteError, match="step 25"):
@@ -194,34 +334,6 @@ def autoencoder_run(tmp_path_factory: pytest.TempPathFactory, table: Path) -> Pa
     settings = override(recipe("autoencoder_tiny"), ["loop.steps=80"])
     train_autoencoder(settings, folder, table=table, device=CPU, report=quiet)
     return folder
-
-
-@pytest.mark.slow
-def test_a_process_killed_outright_resumes_to_the_bit(table: Path, tmp_path: Path) -> None:
-    settings = ["loop.steps=200", "loop.checkpoint_every=10"]
-    options = [part for value in settings for part in ("--set", value)]
-    command = [sys.executable, "-m", "training.cli", "autoencoder", "autoencoder_tiny", "--data", str(table)]
-    process = subprocess.Popen(
-        [*command, "--out", str(tmp_path / "cut"), "--device", "cpu", *options],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "cut/checkpoints/step-00000020").is_dir():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    state = load_newest(tmp_path / "cut/checkpoints", report=pytest.fail)
-    assert state is not None
-    assert 20 <= state.step < 200
-    config = override(recipe("autoencoder_tiny"), settings)
-    for name, is_resuming in (("cut", True), ("whole", False)):
-        train_autoencoder(config, tmp_path / name, table=table, device=CPU, is_resuming=is_resuming, report=quiet)
-    assert_same_state(tmp_path / "whole", tmp_path / "cut")
-    results = [(tmp_path / name / "result/weights.safetensors").read_bytes() for name in ("whole", "cut")]
-    assert results[0] == results[1]
 
 
 def test_the_autoencoder_learns_speckle(autoencoder_run: Path) -> None:
