@@ -102,6 +102,41 @@ def test_a_second_denoiser_may_start_from_the_checkpoint(made: Path, table: Path
     ).read_bytes()
 
 
+def test_averages_are_chosen_after_training(table: Path, tmp_path: Path) -> None:
+    several = ("--set", "loop.ema_half_lives=[6.5, 1.5]", "--set", "loop.evaluate_every=3")
+    medsora_train("autoencoder", "autoencoder_tiny", "--data", table, "--out", tmp_path / "ae", *LOOP, *several,
+                  "--set", "loop.best_metric=psnr_db", "--set", "loop.best=most")  # fmt: skip
+    averages = ("ema-6.5", "ema-1.5", "best")
+    coders = {name: load_autoencoder(tmp_path / "ae", average=name) for name in (*averages, None)}
+    assert len({digest for _, digest in coders.values()}) >= 2
+    assert coders[None][1] == coders["ema-6.5"][1] != coders["ema-1.5"][1]
+    scales = [coders[name][0].latent_scale for name in averages]
+    assert all((scale - 1).abs().max() > 1e-3 for scale in scales)  # measured for each
+    assert not torch.equal(scales[0], scales[1])
+
+    denoiser = ("denoiser", "denoiser_tiny", "--data", table, "--autoencoder", tmp_path / "ae", *LOOP, *several)
+    medsora_train(*denoiser, "--autoencoder-ema", "ema-1.5", "--out", tmp_path / "dn")
+    export = ("export", "--autoencoder", tmp_path / "ae", "--denoiser", tmp_path / "dn")
+    for name in ("ema-6.5", "ema-1.5"):
+        medsora_train(*export, "--ema", name, "--out", tmp_path / name)
+        stored = load_checkpoint(tmp_path / name)
+        assert stored.manifest.training["denoiser"]["average"] == name
+        chosen = load_result(tmp_path / "dn", part="denoiser", average=name)
+        assert stored.manifest.training["denoiser"]["metrics"] == chosen.about["metrics"] != {}
+        for key, value in chosen.weights.items():
+            assert torch.equal(stored.denoiser.state_dict()[key], value.float())
+        # whichever the denoiser's, the autoencoder is the one that it was trained on
+        assert stored.manifest.training["autoencoder"]["average"] == "ema-1.5"
+        assert torch.equal(stored.autoencoder.latent_scale, scales[1])
+    assert (tmp_path / "ema-6.5/denoiser.safetensors").read_bytes() != (
+        tmp_path / "ema-1.5/denoiser.safetensors"
+    ).read_bytes()
+    with pytest.raises(TrainingError, match=r"no average 'best'; it has ema-6\.5, ema-1\.5"):
+        medsora_train(*export, "--ema", "best", "--out", tmp_path / "none")
+    with pytest.raises(TrainingError, match=r"holds no averages to choose ema-1\.5 from"):
+        load_autoencoder(tmp_path / "ema-1.5", average="ema-1.5")
+
+
 def test_parts_that_do_not_belong_together_are_refused(made: Path, table: Path, tmp_path: Path) -> None:
     medsora_train(
         "autoencoder", "autoencoder_tiny", "--data", table, "--out", tmp_path / "ae", "--set", "loop.seed=1", *LOOP
