@@ -8,7 +8,7 @@ __all__ = ["BorderFinder"]
 
 DARK_LEVEL = 16
 """Limited-range black after compression noise."""
-BRIGHT_SHARE = 0.005
+BRIGHT_SHARE = 0.01
 """A row counts as dark while no more of its pixels than this are brighter: a stray speck is no picture."""
 LEAST_SHARE = 0.01
 """Borders thinner than this share of the side are an encoder's, and not reported."""

@@ -1,9 +1,9 @@
 """Near-duplicates between clips: the same footage under two names, re-encoded, resized or trimmed. Torch-free.
 
-Each clip gives up to 64 frames, each as a hash of its low spatial frequencies and as a small picture. Hashes find
-candidates; small pictures must then correlate. Found on real clips: the same frame after a resize and compression at
-CRF 30 differs in at most 17 % of its bits and correlates by 0.99 or more, frames of different patients by less than
-0.985 (docs/training-data.md).
+Each clip gives up to 64 frames, each as a perceptual hash (signs of its 8x8 lowest frequencies) and as the details of a
+16x16 picture, without its three lowest frequencies. Hashes find candidates; details must then correlate. Measured on
+real clips: details of the same frame after a resize and compression at CRF 30 correlate by 0.98 or more, those of
+different patients by less than 0.93 (docs/training-data.md).
 """
 
 from collections.abc import Sequence
@@ -16,14 +16,15 @@ from training.prepare.cuts import SIDE
 
 __all__ = ["Duplicate", "Signature", "find_duplicates", "signature_of"]
 
-FREQUENCIES = 16
-MAX_DISTANCE = 0.17
+FREQUENCIES, BITS = 8, 63
+MAX_DISTANCE = 0.2
 """Share of hash bits that may differ."""
-LEAST_CORRELATION = 0.988
+GRID, COARSE = 16, 3
+LEAST_CORRELATION = 0.96
 LEAST_FRAMES, LEAST_SHARE = 2, 0.1
 """Matching frames that make two clips duplicates: so many, and so large a share of the shorter clip's."""
-LEAST_DEVIATION = 4.0
-"""Frames with less contrast (grey levels) look all alike, and do not count."""
+LEAST_DEVIATION, LEAST_DETAIL = 4.0, 1.0
+"""Frames with less contrast (grey levels), or less in their details, look all alike, and do not count."""
 CHUNK = 4096
 
 
@@ -32,9 +33,9 @@ class Signature:
     """Some frames of a clip, made small."""
 
     hashes: np.ndarray
-    """(frames, 32) uint8: 255 bits each, packed."""
-    thumbnails: np.ndarray
-    """(frames, 256) int8: 16x16 grey, without its mean, scaled to a norm of 1016."""
+    """(frames, 8) uint8: 63 bits each, packed."""
+    details: np.ndarray
+    """(frames, 256) int8: frequencies of the 16x16 picture, scaled to a norm of 256."""
 
     def __len__(self) -> int:
         return len(self.hashes)
@@ -60,15 +61,19 @@ def signature_of(greys: Sequence[np.ndarray]) -> Signature:
     """
     useful = [grey for grey in greys if float(grey.std()) >= LEAST_DEVIATION]
     if not useful:
-        return Signature(np.zeros((0, 32), np.uint8), np.zeros((0, 256), np.int8))
+        return Signature(np.zeros((0, 8), np.uint8), np.zeros((0, GRID * GRID), np.int8))
     stack = np.stack(useful).astype(np.float64)
     low = dctn(stack, axes=(1, 2), norm="ortho")[:, :FREQUENCIES, :FREQUENCIES].reshape(len(stack), -1)[:, 1:]
     bits = low > np.median(low, axis=1, keepdims=True)
-    half = SIDE // 16
-    small = stack.reshape(len(stack), 16, half, 16, half).mean(axis=(2, 4)).reshape(len(stack), -1)
-    small -= small.mean(axis=1, keepdims=True)
-    small *= 1016 / np.linalg.norm(small, axis=1, keepdims=True)
-    return Signature(np.packbits(bits, axis=1), small.round().clip(-127, 127).astype(np.int8))
+    factor = SIDE // GRID
+    small = stack.reshape(len(stack), GRID, factor, GRID, factor).mean(axis=(2, 4))
+    details = dctn(small, axes=(1, 2), norm="ortho")
+    details[:, :COARSE, :COARSE] = 0
+    details = details.reshape(len(stack), -1)
+    norms = np.linalg.norm(details, axis=1, keepdims=True)
+    has_detail = norms[:, 0] >= LEAST_DETAIL * GRID
+    scaled = (details[has_detail] * (256 / norms[has_detail])).round().clip(-127, 127).astype(np.int8)
+    return Signature(np.packbits(bits[has_detail], axis=1), scaled)
 
 
 def find_duplicates(signatures: Sequence[Signature], groups: Sequence[str]) -> list[Duplicate]:
@@ -82,23 +87,23 @@ def find_duplicates(signatures: Sequence[Signature], groups: Sequence[str]) -> l
         return []
     codes = {group: code for code, group in enumerate(dict.fromkeys(groups))}
     group_of = np.array([codes[group] for group in groups])[owner]
-    # 255 bits as +-1: a matrix product counts the bits that agree
-    bits = np.unpackbits(np.concatenate([signature.hashes for signature in signatures]), axis=1)[:, :255]
+    # bits as +-1: a matrix product counts those that agree
+    bits = np.unpackbits(np.concatenate([signature.hashes for signature in signatures]), axis=1)[:, :BITS]
     signs = bits.astype(np.float32) * 2 - 1
-    pictures = np.concatenate([signature.thumbnails for signature in signatures]).astype(np.float32)
-    pictures /= np.maximum(np.linalg.norm(pictures, axis=1, keepdims=True), 1e-6)
+    details = np.concatenate([signature.details for signature in signatures]).astype(np.float32)
+    details /= np.maximum(np.linalg.norm(details, axis=1, keepdims=True), 1e-6)
     matches: dict[tuple[int, int], tuple[set[int], set[int]]] = {}
     for start in range(0, len(owner), CHUNK):
         rows = slice(start, start + CHUNK)
         for other in range(start, len(owner), CHUNK):
             columns = slice(other, other + CHUNK)
-            distance = (255 - signs[rows] @ signs[columns].T) / (2 * 255)
+            distance = (BITS - signs[rows] @ signs[columns].T) / (2 * BITS)
             is_candidate = (distance <= MAX_DISTANCE) & (group_of[rows, None] != group_of[None, columns])
             here, there = np.nonzero(is_candidate)
             here, there = here + start, there + other
             is_before = here < there
             here, there = here[is_before], there[is_before]
-            is_same = (pictures[here] * pictures[there]).sum(axis=1) >= LEAST_CORRELATION
+            is_same = (details[here] * details[there]).sum(axis=1) >= LEAST_CORRELATION
             for a, b in zip(here[is_same].tolist(), there[is_same].tolist(), strict=True):
                 first, second = matches.setdefault((int(owner[a]), int(owner[b])), (set(), set()))
                 first.add(a)

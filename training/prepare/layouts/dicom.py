@@ -137,7 +137,7 @@ def _check_labels(items: list[Item], words: set[str]) -> None:
         if label is not None:
             labels.setdefault(label, set()).add(item.group)
     for label in labels:
-        if words & set(re.findall(r"\w+", label.lower())):
+        if words & set(re.split(r"[\W_]+", label.lower())):
             raise DataError(
                 "a folder is called after a patient, so folder names cannot be labels: rename it, choose "
                 "label_columns= (none), or write a manifest of converted videos"
