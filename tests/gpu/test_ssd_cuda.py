@@ -4,7 +4,8 @@ The operands are rounded to the type under test first, so that what is compared 
 norms relative to the reference's. Bounds, about three times the worst that torch's forms have on a CPU with these
 numbers:
 
-- float32, torch's forms: unit roundoff 6e-8, in sums over up to 1000 steps and differences of cumulative sums: 3e-5.
+- float32, torch's forms: unit roundoff 6e-8 of cumulative log-decays, which come to 800 over 1000 steps, so that the
+  exponents between neighbours are wrong by up to 5e-5: 1e-4.
 - float32, mamba_ssm: its matrix products round their inputs to tf32 (10 bits, 5e-4), several in a row: 3e-3.
 - bfloat16, torch's forms: 8 bits (4e-3), products and decays each rounded: 1e-2; 2e-2 for the gradients of dt and A,
   sums in which such terms cancel. mamba_ssm, which also keeps the state between chunks in it: twice that.
@@ -95,7 +96,7 @@ def compare(inputs: list[Tensor], backend: str, bounds: dict[str, float]) -> Non
 
 def bounds_of(backend: str, dtype: torch.dtype) -> dict[str, float]:
     if dtype == torch.float32:
-        return dict.fromkeys(NAMES, 3e-3 if backend == "mamba_ssm" else 3e-5)
+        return dict.fromkeys(NAMES, 3e-3 if backend == "mamba_ssm" else 1e-4)
     kernels = 2 if backend == "mamba_ssm" else 1
     return {name: kernels * (2e-2 if name in SUMS else 1e-2) for name in NAMES}
 
