@@ -64,7 +64,7 @@ def test_splices_of_real_clips() -> None:
         by_group.setdefault((row["dataset"], row["group"]), row["file"])
     found, planted, right = 0, 0, 0
     for dataset in ("laparoscopy", "lung_ultrasound"):
-        files = [file for (owner, _), file in sorted(by_group.items()) if owner == dataset][:6]
+        files = [file for (owner, _), file in sorted(by_group.items()) if owner == dataset][:4]
         pieces = [read_video(SHARED / file)[0][20:50] for file in files]
         joints = list(np.cumsum([len(piece) for piece in pieces])[:-1])
         cuts = cuts_of(np.concatenate(pieces))

@@ -167,13 +167,11 @@ def test_what_stays_out_is_listed_and_nothing_of_it_gets_into_the_cache(tmp_path
     source = tmp_path / "source"
     sequence = Dataset()
     sequence.RequestingPhysician = "House^Gregory"
-    private = Dataset()
-    private.add_new(0x00091001, "LO", "secret stuff")
     for index, patient in enumerate(("MRN-123456", "MRN-123456", "MRN-999")):
         tags = NAMED | {"PatientID": patient, "RequestAttributesSequence": [sequence]}
         clip = texture(index, 20, height=40, width=40, grey=True)[..., 0]
         path = put_dicom(source / ("normal", "covid", "normal")[index] / f"doe_{index}.dcm", clip, **tags)
-            dataset = pydicom.dcmread(path)
+        dataset = pydicom.dcmread(path)
         dataset.add_new(0x00090010, "LO", "VENDOR")
         dataset.add_new(0x00091001, "LO", "secret stuff")
         dataset.save_as(path)
