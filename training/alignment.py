@@ -94,8 +94,12 @@ class BlockTaps:
     """
 
     def __init__(self, model: Denoiser, blocks: Sequence[int]) -> None:
-        self._norms = [model.get_submodule(f"blocks.{number}.norm3") for number in blocks]
-        for norm in self._norms:
+        norms = [model.get_submodule(f"blocks.{number}.norm3") for number in range(len(model.blocks))]
+        self._norms = [norms[number] for number in blocks]
+        for norm in norms:
+            # all have the hook, and it looks who is meant: compiled blocks share their graphs whatever their hooks
+            # are, but not where an attribute differs that is read
+            norm.__dict__["is_tapped"] = norm in self._norms
             norm.register_forward_pre_hook(_keep_tokens)
 
     def take(self) -> list[Float[Tensor, "b f h w d"]]:
@@ -110,7 +114,7 @@ class BlockTaps:
 
 
 def _keep_tokens(norm: nn.Module, inputs: tuple[Tensor]) -> None:
-    if norm.training:
+    if norm.training and norm.is_tapped:
         norm.tokens = inputs[0]  # on the module: a compiled block can do that
 
 
