@@ -25,6 +25,7 @@ from medsora.models.autoencoder import VideoAutoencoder
 from medsora.models.denoiser import Denoiser
 from training.alignment import AlignmentFiles, make_alignment
 from training.config import DataConfig, TrainConfig, config_hash
+from training.data.cached_latents import cached_latents
 from training.data.clips import ClipSet, load_clips
 from training.data.latents import LatentSet, latent_statistics, load_or_encode
 from training.data.manifest import read_clip_table, select_clips
@@ -178,13 +179,19 @@ def train_denoiser(
             "autoencoder": digest, "data": to_json(config.data), "split": name,
             "clips": [to_json(record) for record in splits[name].records],
         })  # fmt: skip
+        has_flips = config.data.has_flips and name == "train"
+        stored = None
+        if is_cache(table):
+            stored = cached_latents(
+                open_cache(table), splits[name], autoencoder_sha256=digest, data=config.data, has_flips=has_flips
+            )
         with processes.first_goes_ahead():
-            latents[name] = load_or_encode(
+            latents[name] = stored or load_or_encode(
                 directory / f"latents-{name}.safetensors",
                 key=key,
                 autoencoder=coder,
                 clips=splits[name],
-                has_flips=config.data.has_flips and name == "train",
+                has_flips=has_flips,
                 batch_size=ENCODE_BATCH,
             )
     _report_splits(splits, report)
