@@ -144,6 +144,31 @@ def denoiser_command(
     _exit(result.signal_number)
 
 
+@app.command("latents")
+def latents_command(
+    name: RecipeArgument,
+    data: Annotated[Path, typer.Option(help="Folder of a prepared cache.")],
+    autoencoder: Annotated[Path, typer.Option(help="Folder of the autoencoder's run, or a checkpoint.")],
+    average: Annotated[str | None, typer.Option(help="Which of the run's averages; default its first.")] = None,
+    settings: SetOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Encode the windows of a prepared cache once, for every denoiser that is trained on them."""
+    config = _configure(name, settings, data)
+    from training.data.cached_latents import store_latents
+    from training.runs import ENCODE_BATCH, load_autoencoder
+
+    place = _device(device)
+    coder, digest = load_autoencoder(autoencoder, average=average)
+    record = store_latents(
+        data, coder.to(place).requires_grad_(False), autoencoder_sha256=digest, data=config.data, device=place,
+        batch_size=ENCODE_BATCH,
+        progress=_report_clips,
+    )  # fmt: skip
+    size = sum(file.size_bytes for file in record.files.values())
+    typer.echo(f"{data}: latents {record.key}, {size / 2**20:.1f} MiB")
+
+
 @app.command("evaluate")
 def evaluate_command(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
