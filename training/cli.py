@@ -280,6 +280,11 @@ def _report(text: str) -> None:
     typer.echo(f"[{time.monotonic() - STARTED:7.1f} s] {text}")
 
 
+def _report_clips(done: int, total: int, name: str) -> None:
+    if done % 100 == 0 or done == total:
+        _report(f"{done} of {total} clips")
+
+
 def _keep_quiet(text: str) -> None:
     """What the first of several processes reports, the others need not."""
 
