@@ -84,6 +84,7 @@ def api(
 def worker() -> None:
     """Sample videos. Needs MEDSORA_REDIS_URL; shares database and data folder with the API."""
     settings = _settings()
+    import os
     import warnings
 
     from medsora.threads import let_idle_threads_sleep
@@ -94,13 +95,16 @@ def worker() -> None:
 
     from server.settings import SettingsError
     from server.worker.celery_app import make_celery, worker_arguments
+    from server.worker.compile_cache import keep_compiled_code
 
     # Celery warns of root because pickled messages could run code; only JSON is accepted here.
     warnings.filterwarnings("ignore", category=SecurityWarning)
     try:
-        make_celery(settings).worker_main(worker_arguments(settings))
+        celery = make_celery(settings)
+        keep_compiled_code(settings.data_dir, os.environ)
     except SettingsError as error:
         _fail(error)
+    celery.worker_main(worker_arguments(settings))
 
 
 @app.command()

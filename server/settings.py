@@ -57,6 +57,18 @@ class Settings(BaseSettings):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="Device that the worker samples on.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Number format of the sampler.")
     backend: str = Field("auto", min_length=1, description="Back end of the state-space operator.")
+    compiled: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Whether the networks are compiled and their calls recorded as CUDA graphs. auto: on a GPU where "
+        "that can be done, else a warning is logged; on: or the model is refused; off: never.",
+    )
+    batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1, le=1024)], ...], NoDecode] = Field(
+        (1,),
+        min_length=1,
+        max_length=16,
+        description="Numbers of clips sampled at once that the networks are compiled for, rising, separated by commas; "
+        "a number between two of them is filled up to the larger. As yet a worker samples its jobs one by one.",
+    )
     worker_processes: int = Field(
         1, ge=1, le=64, description="Sampling processes of one worker; each holds its own copy of the model."
     )
@@ -65,7 +77,23 @@ class Settings(BaseSettings):
         ge=256,
         description="MiB of host memory after which a sampling process is replaced once its job is done (leak stop).",
     )
-    warm_up: bool = Field(True, description="Generate one clip before a worker reports that it is ready.")
+    warm_up: bool = Field(
+        True,
+        description="Generate clips of the warm_up_shapes before a worker reports that it is ready, in each of "
+        "batch_sizes where the networks are compiled; else the first jobs wait for what that takes.",
+    )
+    warm_up_shapes: Literal["default", "all"] = Field(
+        "default",
+        description="Shapes to warm up for. default: of a request that names none; all: every size, length and sampler "
+        "of each checkpoint, with and without guidance.",
+    )
+    worker_start_limit_s: int = Field(
+        1800,
+        ge=10,
+        le=86400,
+        description="Seconds after which a sampling process that still loads, compiles and warms up ends, and another "
+        "is started; what it has compiled is kept.",
+    )
 
     max_queued_jobs: int = Field(
         1000, ge=1, le=1_000_000, description="Jobs that may wait at once; more are answered with 429."
@@ -114,13 +142,25 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
 
-    @field_validator("checkpoints", mode="before")
+    @field_validator("checkpoints", "batch_sizes", mode="before")
     @classmethod
-    def _split_checkpoints(cls, value: Any) -> Any:
+    def _split_list(cls, value: Any) -> Any:
         if isinstance(value, str):
-            value = [name.strip() for name in value.split(",") if name.strip()]
-        if isinstance(value, (list, tuple)) and len({str(name) for name in value}) != len(value):
+            return [part.strip() for part in value.split(",") if part.strip()]
+        return value
+
+    @field_validator("checkpoints")
+    @classmethod
+    def _check_checkpoints(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) != len(value):
             raise ValueError("a checkpoint is named twice")
+        return value
+
+    @field_validator("batch_sizes")
+    @classmethod
+    def _check_batch_sizes(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if list(value) != sorted(set(value)):
+            raise ValueError(f"must rise from each number to the next, such as 1,2,4; got {','.join(map(str, value))}")
         return value
 
     @field_validator("redis_url")
@@ -177,7 +217,7 @@ class Settings(BaseSettings):
             if isinstance(value, SecretStr):
                 text = value.get_secret_value()
             elif isinstance(value, tuple):
-                text = ",".join(value)
+                text = ",".join(map(str, value))
             elif isinstance(value, (bool, int, float)):
                 text = json.dumps(value)
             else:

@@ -154,7 +154,15 @@ def _worker_metrics(workers: list[WorkerRecord]) -> Iterable[Metric]:
         "medsora_worker_up", "1 for a live sampling process that can generate, else 0.", labels=["worker"]
     )
     memory = GaugeMetricFamily("medsora_worker_resident_bytes", "Host memory of a sampling process.", labels=["worker"])
+    warm_up = GaugeMetricFamily(
+        "medsora_worker_warm_up_seconds",
+        "Seconds that a sampling process took to compile and warm up.",
+        labels=["worker", "model", "batch_size"],
+    )
     for worker in workers:
         up.add_metric([worker.id], 1.0 if worker.problem is None else 0.0)
         memory.add_metric([worker.id], worker.rss_bytes)
-    return [up, memory]
+        for model, by_batch_size in worker.warm_up_s.items():
+            for batch_size, seconds in by_batch_size.items():
+                warm_up.add_metric([worker.id, model, batch_size], seconds)
+    return [up, memory, warm_up]

@@ -4,7 +4,7 @@ import enum
 import re
 import secrets
 
-from sqlalchemy import BigInteger, Boolean, CheckConstraint, Double, Index, Integer, String, Text
+from sqlalchemy import JSON, BigInteger, Boolean, CheckConstraint, Double, Index, Integer, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 __all__ = [
@@ -142,7 +142,9 @@ class WorkerProcess(Base):
     device: Mapped[str] = mapped_column(String(64))
     rss_bytes: Mapped[int] = mapped_column(BigInteger)
     problem: Mapped[str | None] = mapped_column(Text)
-    """Why it cannot generate, e.g. a damaged checkpoint; None when it can."""
+    """Why it cannot generate, e.g. that it is still starting, or a damaged checkpoint; None when it can."""
+    warm_up_s: Mapped[dict[str, dict[str, float]]] = mapped_column(JSON, server_default="{}")
+    """Seconds that warming up took, by model and by batch size (a text, as JSON has no other keys)."""
 
 
 class DeletedTotal(Base):

@@ -1,5 +1,6 @@
 """Signs of life of the sampling processes, for readiness and metrics."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ class WorkerRecord:
     device: str
     rss_bytes: int
     problem: str | None
+    warm_up_s: Mapping[str, Mapping[str, float]]
+    """By model and batch size."""
 
 
 class WorkerRegistry:
@@ -37,7 +40,14 @@ class WorkerRegistry:
         self._alive_s = max(4 * heartbeat_s, 10.0)
 
     def report(
-        self, worker_id: str, *, models: tuple[str, ...], device: str, rss_bytes: int, problem: str | None
+        self,
+        worker_id: str,
+        *,
+        models: tuple[str, ...],
+        device: str,
+        rss_bytes: int,
+        problem: str | None,
+        warm_up_s: Mapping[str, Mapping[str, float]] | None = None,
     ) -> None:
         """Write a sign of life."""
         values: dict[str, Any] = {
@@ -46,6 +56,7 @@ class WorkerRegistry:
             "device": device,
             "rss_bytes": rss_bytes,
             "problem": problem,
+            "warm_up_s": warm_up_s or {},
         }
         statement = update(WorkerProcess).where(WorkerProcess.id == worker_id).values(**values)
         with self._database.write() as connection:
@@ -71,6 +82,7 @@ class WorkerRegistry:
                 device=row.device,
                 rss_bytes=row.rss_bytes,
                 problem=row.problem,
+                warm_up_s=row.warm_up_s,
             )
             for row in rows
         ]

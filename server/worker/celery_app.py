@@ -34,7 +34,8 @@ def make_celery(settings: Settings) -> Celery:
         worker_concurrency=settings.worker_processes,
         worker_pool="prefork",
         worker_pool_start_method="spawn",
-        worker_proc_alive_timeout=120,
+        # A sampling process ends itself when its start takes too long; this is for one that cannot.
+        worker_proc_alive_timeout=settings.worker_start_limit_s + 60,
         worker_max_memory_per_child=settings.worker_max_memory_mib * 1024,
         task_soft_time_limit=settings.job_time_limit_s * 9 // 10,
         task_time_limit=settings.job_time_limit_s,

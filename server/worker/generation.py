@@ -73,6 +73,7 @@ def _make(runtime: WorkerRuntime, claim: Claim, keeper: ClaimKeeper) -> Finished
     if runtime.store.free_bytes() < runtime.settings.min_free_bytes:
         raise StorageFullError("too little free disk space to begin")
     checkpoint, pipeline = runtime.pipeline(job.model)
+    keeper.check()  # loading it, where that had failed at the start, may have taken minutes
     request = GenerationRequest(
         label=job.label,
         seed=job.seed,

@@ -1,20 +1,27 @@
 """What a sampling process keeps between jobs: the loaded models and its place in the table of workers."""
 
+import gc
+import itertools
 import logging
+import math
 import os
+import resource
 import secrets
 import signal
 import socket
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from celery.exceptions import SoftTimeLimitExceeded
 from sqlalchemy.exc import SQLAlchemyError
 
-from medsora.errors import BackendError, CheckpointError
-from medsora.request import resolve_request
+from medsora.errors import BackendError, CheckpointError, MedsoraError
+from medsora.manifest import Manifest
+from medsora.request import GenerationRequest, resolve_request
 from server.checkpoints import Catalogue, ServedCheckpoint
 from server.errors import without_folders
 from server.jobs.database import Database, migrate
@@ -24,8 +31,6 @@ from server.settings import Settings
 from server.storage import ArtifactStore
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from medsora.pipeline import VideoPipeline
 
 __all__ = ["STOP_SIGNAL", "WorkerRuntime"]
@@ -34,6 +39,11 @@ STOP_SIGNAL = signal.SIGUSR2
 """Sent by the worker to its sampling processes when it begins to stop."""
 
 logger = logging.getLogger(__name__)
+_STARTING = "The worker is starting: it loads, compiles and warms up its models."
+
+
+class _Interrupted(BaseException):
+    """Ends a warm-up when this process is to stop. No Exception: compilers catch those."""
 
 
 class WorkerRuntime:
@@ -42,8 +52,9 @@ class WorkerRuntime:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.stopping = threading.Event()
+        self._may_interrupt = False
         # First of all: what comes before it is not heard.
-        signal.signal(STOP_SIGNAL, lambda *_: self.stopping.set())
+        signal.signal(STOP_SIGNAL, self._on_stop_signal)
         self.worker_id = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self.database = Database(settings.database_address)
         migrate(self.database)
@@ -51,30 +62,42 @@ class WorkerRuntime:
         self.store = ArtifactStore(settings.artifacts_dir)
         self._registry = WorkerRegistry(self.database, heartbeat_s=settings.worker_heartbeat_s)
         self._pipelines: dict[str, tuple[ServedCheckpoint, VideoPipeline]] = {}
-        self._problem: str | None = None
+        self._warm_up_s: dict[str, dict[str, float]] = {}
+        self._problem: str | None = _STARTING
         self._device = settings.device
         self._ended = threading.Event()
+        self._start_by = math.inf
+        """On the steady clock: when this process gives its start up."""
+        self._report_lock = threading.Lock()
         self._life = threading.Thread(target=self._report_life, name="life", daemon=True)
 
     def start(self) -> None:
-        """Load and warm up all models, then report to the table of workers.
+        """Load and warm up all models, which may take minutes; the table of workers tells so meanwhile.
 
         A checkpoint that cannot be loaded is reported too, and tried again when a job needs it. When this process is
-        to stop, it loads no further ones.
+        to stop, it breaks off.
         """
+        self._start_by = time.monotonic() + self.settings.worker_start_limit_s
+        self._report_once()
+        self._life.start()
         problems = []
         for name in self.settings.checkpoints:
             if self.stopping.is_set():
                 break
             try:
-                checkpoint = Catalogue.load([name]).default
-                self._load(checkpoint)
-            except (CheckpointError, BackendError) as error:
+                self._load(Catalogue.load([name]).default, self.settings.compiled)
+            except MedsoraError as error:
                 logger.error("model %s cannot be loaded: %s", name, error)
                 problems.append(without_folders(str(error)))
+            except Exception as error:  # no memory for it, most often
+                logger.exception("model %s cannot be loaded", name)
+                problems.append(f"{without_folders(name)} cannot be loaded: {type(error).__name__}.")
+        self._start_by = math.inf
+        if self.stopping.is_set():
+            return
+        self._warn_of_memory()
         self._problem = " ".join(problems) or None
         self._report_once()
-        self._life.start()
 
     def close(self) -> None:
         """Leave the table of workers."""
@@ -96,11 +119,11 @@ class WorkerRuntime:
             checkpoint = Catalogue.load(self.settings.checkpoints).get(model)
             if checkpoint is None:
                 raise CheckpointError(f"model {model!r} is not served by this worker")
-            self._load(checkpoint)
+            self._load(checkpoint, self.settings.compiled)
             self._problem = None
         return self._pipelines[model]
 
-    def _load(self, checkpoint: ServedCheckpoint) -> None:
+    def _load(self, checkpoint: ServedCheckpoint, compiled: str) -> None:
         import torch
 
         from medsora.pipeline import VideoPipeline
@@ -111,40 +134,137 @@ class WorkerRuntime:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.worker_processes))
         began = time.monotonic()
         pipeline = VideoPipeline.from_checkpoint(
-            checkpoint.directory, device=settings.device, dtype=settings.dtype, backend=settings.backend
+            checkpoint.directory,
+            device=settings.device,
+            dtype=settings.dtype,
+            backend=settings.backend,
+            compiled=compiled,
+            batch_sizes=settings.batch_sizes,
         )
         self._device = str(pipeline.device)
-        if settings.warm_up and not self.stopping.is_set():
-            manifest = pipeline.manifest
-            least = manifest.limits.num_inference_steps[0]
-            request = resolve_request(manifest, label=manifest.labels[0].name, seed=0, num_inference_steps=least)
-            self._warm_up_encoder(pipeline([request])[0], manifest.limits.fps)
-        self._pipelines[checkpoint.name] = (checkpoint, pipeline)
-        logger.info("model %s is loaded on %s after %.1f s", checkpoint.name, self._device, time.monotonic() - began)
+        how = f"on {self._device} ({'compiled' if pipeline.is_compiled else 'not compiled'})"
+        logger.info("model %s is loaded %s after %.1f s", checkpoint.name, how, time.monotonic() - began)
+        try:
+            self._warm_up(checkpoint.name, pipeline)
+        except BackendError as error:
+            if not (compiled == "auto" and pipeline.is_compiled):
+                raise
+            logger.warning("%s. It goes on without being compiled, which is slower", error)
+        else:
+            self._pipelines[checkpoint.name] = (checkpoint, pipeline)
+            return
+        del pipeline
+        gc.collect()  # it refers to itself
+        torch.cuda.empty_cache()
+        self._load(checkpoint, "off")
 
-    @staticmethod
-    def _warm_up_encoder(frames: "np.ndarray[Any, np.dtype[np.uint8]]", fps: float) -> None:
-        """Load the encoder now: it takes 0.1 s, which the first job would wait for."""
-        from medsora.video_io import write_mp4
+    def _warm_up(self, name: str, pipeline: "VideoPipeline") -> None:
+        """Do now what the first jobs would wait for; broken off when this process is to stop.
 
-        with tempfile.TemporaryDirectory(prefix="medsora-warm-up-") as folder:
-            write_mp4(Path(folder) / "clip.mp4", frames, fps=fps)
+        Raises:
+            BackendError: The device or the compiler failed, for example for want of memory.
+            MedsoraError: The model did.
+        """
+        settings = self.settings
+        if not settings.warm_up or self.stopping.is_set():
+            return
+        if pipeline.is_compiled:
+            logger.info("model %s is being compiled, which takes minutes when it is new", name)
+        requests = _requests_to_warm_up(pipeline.manifest, all_shapes=settings.warm_up_shapes == "all")
+        try:
+            try:
+                self._may_interrupt = True
+                seconds = pipeline.warm_up(requests)
+                _warm_up_encoder(requests[0], pipeline.manifest.limits.fps)
+            finally:
+                self._may_interrupt = False
+        except (Exception, _Interrupted) as error:  # compilers and drivers raise classes of every kind
+            if self.stopping.is_set():
+                logger.info("the warm-up of model %s is broken off: this process stops", name)
+                return
+            if isinstance(error, (MedsoraError, SoftTimeLimitExceeded)):
+                raise
+            logger.exception("the warm-up of model %s failed", name)
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            if pipeline.is_compiled:
+                sizes = ",".join(map(str, settings.batch_sizes))
+                reason += (
+                    f"; fewer or smaller MEDSORA_BATCH_SIZES (now {sizes}) need less memory, "
+                    "MEDSORA_COMPILED=off needs no compiler"
+                )
+            raise BackendError(f"{name} could not be warmed up: {reason}") from error
+        self._warm_up_s = {**self._warm_up_s, name: {str(size): passed for size, passed in seconds.items()}}
+        times = ", ".join(f"{passed:.1f} s at batch {size}" for size, passed in seconds.items())
+        logger.info("model %s is warmed up: %s", name, times)
+
+    def _on_stop_signal(self, *_: object) -> None:
+        self.stopping.set()
+        if self._may_interrupt:
+            self._may_interrupt = False  # once: the signal comes again and again
+            raise _Interrupted
+
+    def _warn_of_memory(self) -> None:
+        peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # what the pool looks at, too
+        limit_mib = self.settings.worker_max_memory_mib
+        if peak_mib > limit_mib:
+            logger.warning(
+                "this process has taken %d MiB to start, more than MEDSORA_WORKER_MAX_MEMORY_MIB (%d): "
+                "it will be replaced, and the next one warmed up, after every job",
+                peak_mib,
+                limit_mib,
+            )
 
     def _report_life(self) -> None:
         while not self._ended.wait(self.settings.worker_heartbeat_s):
+            if time.monotonic() > self._start_by:
+                limit_s = self.settings.worker_start_limit_s
+                logger.error("not started within MEDSORA_WORKER_START_LIMIT_S (%d), this process ends", limit_s)
+                logging.shutdown()
+                os._exit(70)
             self._report_once()
 
     def _report_once(self) -> None:
-        try:
-            self._registry.report(
-                self.worker_id,
-                models=tuple(self._pipelines),
-                device=self._device,
-                rss_bytes=_resident_bytes(),
-                problem=self._problem,
-            )
-        except SQLAlchemyError as error:
-            logger.warning("no sign of life could be written: %s", error)
+        with self._report_lock:  # else the thread could write what is no longer true
+            try:
+                self._registry.report(
+                    self.worker_id,
+                    models=tuple(self._pipelines),
+                    device=self._device,
+                    rss_bytes=_resident_bytes(),
+                    problem=self._problem,
+                    warm_up_s=self._warm_up_s,
+                )
+            except SQLAlchemyError as error:
+                logger.warning("no sign of life could be written: %s", error)
+
+
+def _requests_to_warm_up(manifest: Manifest, *, all_shapes: bool) -> list[GenerationRequest]:
+    """What is asked for by default; or one request of everything that is compiled or recorded apart."""
+    request = resolve_request(manifest, label=manifest.labels[0].name, seed=0)
+    if not all_shapes:
+        return [request]
+    limits = manifest.limits
+    low, _, high = limits.guidance_scale
+    return [
+        replace(request, width=width, height=height, num_frames=num_frames, guidance_scale=scale, sampler=sampler)
+        for (width, height), num_frames, scale, sampler in itertools.product(
+            limits.sizes,
+            limits.num_frames,
+            sorted({low, high}),  # without guidance, where that is allowed, and with it, at any scale
+            limits.samplers,
+        )
+    ]
+
+
+def _warm_up_encoder(request: GenerationRequest, fps: float) -> None:
+    """Load the encoder: it takes 0.1 s."""
+    import numpy as np
+
+    from medsora.video_io import write_mp4
+
+    black = np.zeros((request.num_frames, request.height, request.width, 3), dtype=np.uint8)
+    with tempfile.TemporaryDirectory(prefix="medsora-warm-up-") as folder:
+        write_mp4(Path(folder) / "clip.mp4", black, fps=fps)
 
 
 def _resident_bytes() -> int:

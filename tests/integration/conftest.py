@@ -71,7 +71,9 @@ class RunningServer:
     ) -> None:
         self.data_dir = data_dir
         self.variables = {**FAST, "MEDSORA_CHECKPOINTS": str(checkpoint), **variables}
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("MEDSORA_")}
+        # Torch, which other tests load into this process, writes where it caches into the environment.
+        foreign = ("MEDSORA_", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         self.process = subprocess.Popen(
             [*prefix, sys.executable, "-m", "server.cli", "serve", "--port", "0", "--data-dir", str(data_dir)],
             cwd=Path(__file__).parents[2],

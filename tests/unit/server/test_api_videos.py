@@ -296,6 +296,16 @@ def test_worker_that_cannot_load_its_model_is_not_ready(client: TestClient) -> N
     assert client.get("/health/ready").json()["checks"]["worker"] == {"status": "ok"}
 
 
+def test_metrics_tell_what_a_warm_up_took(client: TestClient) -> None:
+    seconds = {"tiny": {"1": 61.5, "8": 7.0}}
+    services_of(client).workers.report(
+        "w", models=("tiny",), device="cpu", rss_bytes=1, problem=None, warm_up_s=seconds
+    )
+    text = client.get("/metrics").text
+    assert 'medsora_worker_warm_up_seconds{batch_size="1",model="tiny",worker="w"} 61.5' in text
+    assert 'medsora_worker_warm_up_seconds{batch_size="8",model="tiny",worker="w"} 7.0' in text
+
+
 def test_readiness_does_not_tell_where_the_broker_lies(settings: Settings, tmp_path: Path) -> None:
     lost = settings.model_copy(update={"redis_url": SecretStr(f"redis+socket://{tmp_path}/redis.sock")})
     with TestClient(create_app(lost)) as client:

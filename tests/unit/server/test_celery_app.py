@@ -6,7 +6,9 @@ from server.worker.celery_app import make_celery, worker_arguments
 
 
 def make():  # type: ignore[no-untyped-def]
-    return make_celery(Settings(redis_url="redis://host/0", job_time_limit_s=1000, worker_processes=2))
+    return make_celery(
+        Settings(redis_url="redis://host/0", job_time_limit_s=1000, worker_processes=2, worker_start_limit_s=900)
+    )
 
 
 def test_settings_that_keep_jobs() -> None:
@@ -20,7 +22,7 @@ def test_settings_that_keep_jobs() -> None:
         "worker_concurrency": 2,
         "worker_pool": "prefork",
         "worker_pool_start_method": "spawn",
-        "worker_proc_alive_timeout": 120,
+        "worker_proc_alive_timeout": 960,
         "task_soft_time_limit": 900,
         "task_time_limit": 1000,
         "worker_cancel_long_running_tasks_on_connection_loss": False,

@@ -6,10 +6,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import func, insert, select, text
 
+from server.jobs import migrations
 from server.jobs.database import Database, database_now, migrate
 from server.jobs.model import Base, WorkerProcess
 from server.jobs.workers import WorkerRegistry
@@ -39,6 +42,24 @@ def test_migrations_make_exactly_the_tables(database: Database) -> None:
     with database.read() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, Base.metadata) == []
+
+
+def test_an_older_database_is_brought_up_to_date(database: Database) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    with database.write() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0001")
+        connection.execute(
+            text(
+                "insert into worker_processes (id, started_at, seen_at, models, device, rss_bytes)"
+                " values ('old', 0, :now, 'm', 'cpu', 1)"
+            ),
+            {"now": time.time()},
+        )
+    migrate(database)
+    (record,) = WorkerRegistry(database, heartbeat_s=60.0).alive()
+    assert (record.id, record.warm_up_s) == ("old", {})
 
 
 def test_processes_may_migrate_at_the_same_time(tmp_path: Path) -> None:

@@ -40,6 +40,15 @@ def test_bad_values_are_named_with_their_variable(monkeypatch: pytest.MonkeyPatc
         ("MEDSORA_DATABASE_URL", "mysql://host/db", "must start with sqlite:/// or postgresql"),
         ("MEDSORA_CHECKPOINTS", "a,a", "named twice"),
         ("MEDSORA_CHECKPOINTS", " , ", "at least 1"),
+        ("MEDSORA_COMPILED", "yes", "MEDSORA_COMPILED: .*'auto', 'on' or 'off'"),
+        ("MEDSORA_BATCH_SIZES", "1,4,2", "MEDSORA_BATCH_SIZES: .*must rise from each number to the next.*got 1,4,2"),
+        ("MEDSORA_BATCH_SIZES", "2,2", "must rise"),
+        ("MEDSORA_BATCH_SIZES", "0,1", "MEDSORA_BATCH_SIZES: .*greater than or equal to 1"),
+        ("MEDSORA_BATCH_SIZES", "1,1025", "MEDSORA_BATCH_SIZES: .*less than or equal to 1024"),
+        ("MEDSORA_BATCH_SIZES", "1,few", "MEDSORA_BATCH_SIZES: .*valid integer"),
+        ("MEDSORA_BATCH_SIZES", ",", "MEDSORA_BATCH_SIZES: .*at least 1"),
+        ("MEDSORA_BATCH_SIZES", ",".join(map(str, range(1, 18))), "MEDSORA_BATCH_SIZES: .*at most 16"),
+        ("MEDSORA_WARM_UP_SHAPES", "16x128x128", "MEDSORA_WARM_UP_SHAPES: .*'default' or 'all'"),
         ("MEDSORA_HEARTBEAT_S", "50", "at most half of lease_s"),
         ("MEDSORA_JOB_TIME_LIMIT_S", "7200", "less than or equal to 6600"),
         ("MEDSORA_DEVICE", "tpu", "pattern"),
@@ -49,6 +58,14 @@ def test_values_that_would_do_harm(monkeypatch: pytest.MonkeyPatch, variable: st
     monkeypatch.setenv(variable, value)
     with pytest.raises(SettingsError, match=message):
         load_settings()
+
+
+def test_lists_are_read_from_text_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDSORA_BATCH_SIZES", "1, 2,16")
+    monkeypatch.setenv("MEDSORA_CHECKPOINTS", " one,two ,")
+    settings = load_settings()
+    assert settings.batch_sizes == (1, 2, 16)
+    assert settings.checkpoints == ("one", "two")
 
 
 def test_settings_cannot_be_changed() -> None:
@@ -70,7 +87,7 @@ def test_broker_is_asked_for_by_name() -> None:
 def test_environment_gives_a_child_the_same_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     settings = Settings(
         data_dir=tmp_path, redis_url="redis://:p@host/0", checkpoints=("one", "two"), warm_up=False, lease_s=7.5,
-        heartbeat_s=1.25, port=0,
+        heartbeat_s=1.25, port=0, compiled="off", batch_sizes=(1, 8, 1024), warm_up_shapes="all",
     )  # fmt: skip
     for name, value in settings.environment().items():
         monkeypatch.setenv(name, value)
