@@ -257,9 +257,13 @@ def train(
                         + "  ".join(f"{name} {value:.4f}" for name, value in values.items())
                         + f"  {speed:.0f} clips/s  {left:.0f} s left"
                     )
-            is_best = step % loop.evaluate_every == 0 and evaluate([first_average])
-            if is_best or step % loop.checkpoint_every == 0:
-                save()
+            is_measured = step % loop.evaluate_every == 0
+            if is_measured or step % loop.checkpoint_every == 0:
+                save()  # before the evaluation, which may outlast the patience of whoever sends a SIGTERM
+            if is_measured:
+                if evaluate([first_average]):
+                    save()  # again, with its figures
+                window_start, window_step = time.monotonic(), step
         check()
         if saved_at != step:
             save(is_last=True)
