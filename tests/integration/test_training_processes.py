@@ -70,7 +70,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_autoencoder(worker.autoencoder_config(), root / "autoencoder-one", table=table, device=CPU, report=quiet)
     train_denoiser(
         worker.denoiser_config(), root / "denoiser-one",
-        table=table, autoencoder=root / "autoencoder-one", device=CPU, report=quiet,
+        table=table, autoencoder=root / "autoencoder-one", alignment_files=worker.alignment_files(root), device=CPU,
+        report=quiet,
     )  # fmt: skip
     scenarios = ["toy", "poisoned", "stopped", "networks"]
     done = subprocess.run(

@@ -11,11 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from training.alignment import AlignmentFiles
 from training.config import TrainConfig, override
 from training.distributed import Processes, Share, join
 from training.errors import NonFiniteError
+from training.flow import Raft
 from training.recipes import recipe
 from training.runs import train_autoencoder, train_denoiser
 from training.trainer import train
@@ -31,13 +34,24 @@ def toy_config() -> TrainConfig:
 
 
 def autoencoder_config(strategy: str = "auto") -> TrainConfig:
-    settings = [*LOOP, "model.autoencoder.dropout=0.2", f"loop.distributed={strategy}"]
+    adversarial = ["autoencoder_loss.adversarial=0.1", "autoencoder_loss.discriminator_channels=4"]
+    settings = [*LOOP, *adversarial, "model.autoencoder.dropout=0.2", f"loop.distributed={strategy}"]
     return override(recipe("autoencoder_tiny"), settings)
 
 
 def denoiser_config(strategy: str = "auto") -> TrainConfig:
-    settings = [*LOOP, "model.autoencoder.dropout=0.2", f"loop.distributed={strategy}"]
+    aligned = ["alignment.kind=raft", "alignment.block=0"]
+    settings = [*LOOP, *aligned, "model.autoencoder.dropout=0.2", f"loop.distributed={strategy}"]
     return override(recipe("denoiser_tiny"), settings)
+
+
+def alignment_files(folder: Path) -> AlignmentFiles:
+    """Random weights of RAFT's layout, written by the test before any process starts."""
+    path = folder / "raft.safetensors"
+    if not path.exists():
+        torch.manual_seed(0)
+        save_file(Raft().state_dict(), path)
+    return AlignmentFiles(raft=path)
 
 
 class Toy:
@@ -131,7 +145,8 @@ def networks(folder: Path, processes: Processes) -> None:
         )  # fmt: skip
         train_denoiser(
             denoiser_config(strategy), folder / f"denoiser-{strategy}", table=table,
-            autoencoder=folder / "autoencoder-one", device=CPU, processes=same, report=quiet,
+            autoencoder=folder / "autoencoder-one", alignment_files=alignment_files(folder), device=CPU,
+            processes=same, report=quiet,
         )  # fmt: skip
 
 
