@@ -64,6 +64,9 @@ class AlignmentFiles:
 class Alignment(Protocol):
     """One kind of alignment."""
 
+    targets: FlowTargets
+    """What the training windows are drawn towards."""
+
     def modules(self) -> dict[str, nn.Module]:
         """Networks that are trained beside the denoiser for it."""
 

@@ -209,6 +209,9 @@ def train_denoiser(
             cache=directory / "flow-features.safetensors",
             device=device,
         )
+    if alignment is not None:
+        pairs, shape = len(alignment.targets.features), tuple(alignment.targets.features.shape[1:])
+        report(f"alignment: features {shape} of {pairs} pairs of frames")
     task = DenoiserTask(
         config, model, latents["train"], latents["test"], clips=splits["train"], autoencoder=coder, alignment=alignment
     )
