@@ -138,13 +138,14 @@ def analyse_item(index: int, item: Item, config: PrepareConfig) -> ItemAnalysis:
                 signature=signature_of(clip.greys.values),
             )
         )
+    overlays = overlay.boxes()
     return ItemAnalysis(
         item=index,
         width=size[1],
         height=size[0],
         clips=tuple(drafts),
-        picture=borders.picture(),
-        overlays=tuple(overlay.boxes()),
+        picture=borders.picture(overlays),
+        overlays=tuple(overlays),
         skipped=tuple(skipped),
         black_frames=dropped.black,
         decoded_frames=decoded,

@@ -1,15 +1,20 @@
-"""Black borders around the picture: rows and columns at the edges that stay dark in every frame. Torch-free."""
+"""Black borders around the picture: rows and columns at the edges that stay dark. Torch-free."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from training.prepare.config import Box
+from training.prepare.pixels import brightest
 
 __all__ = ["BorderFinder"]
 
 DARK_LEVEL = 16
 """Limited-range black after compression noise."""
+OFTEN = 0.05
+"""A pixel belongs to the picture when it is brighter in this share of frames: a flash lights up borders, too."""
 BRIGHT_SHARE = 0.01
-"""A row counts as dark while no more of its pixels than this are brighter: a stray speck is no picture."""
+"""A row counts as dark while no more of its pixels than this belong to the picture: a stray speck is none."""
 LEAST_SHARE = 0.01
 """Borders thinner than this share of the side are an encoder's, and not reported."""
 
@@ -18,28 +23,31 @@ class BorderFinder:
     """Takes some frames of one source, and says where its picture is."""
 
     def __init__(self) -> None:
-        self._rows: np.ndarray | None = None
-        self._columns: np.ndarray | None = None
+        self._frames = 0
+        self._counts = np.zeros((0, 0), dtype=np.uint16)
 
     def add(self, frame: np.ndarray) -> None:
         """Look at a frame: uint8 RGB (height, width, 3)."""
-        bright = frame.max(axis=2) > DARK_LEVEL
-        rows, columns = bright.mean(axis=1), bright.mean(axis=0)
-        if self._rows is None or self._columns is None:
-            self._rows, self._columns = rows, columns
-        else:
-            np.maximum(self._rows, rows, out=self._rows)
-            np.maximum(self._columns, columns, out=self._columns)
+        bright = brightest(frame) > DARK_LEVEL
+        self._counts = bright.astype(np.uint16) if not self._frames else self._counts + bright
+        self._frames += 1
 
-    def picture(self) -> Box | None:
-        """The picture inside the borders; None when there is no border, or no picture."""
-        if self._rows is None or self._columns is None:
+    def picture(self, ignored: Sequence[Box] = ()) -> Box | None:
+        """The picture inside the borders; None when there is no border, or no picture.
+
+        Args:
+            ignored: Places that count as dark, such as letters in the border.
+        """
+        if not self._frames:
             return None
-        rows = np.flatnonzero(self._rows > BRIGHT_SHARE)
-        columns = np.flatnonzero(self._columns > BRIGHT_SHARE)
+        is_picture = self._counts >= max(1.0, OFTEN * self._frames)
+        for box in ignored:
+            is_picture[box.top : box.bottom, box.left : box.right] = False
+        rows = np.flatnonzero(is_picture.mean(axis=1) > BRIGHT_SHARE)
+        columns = np.flatnonzero(is_picture.mean(axis=0) > BRIGHT_SHARE)
         if not len(rows) or not len(columns):
             return None
-        height, width = len(self._rows), len(self._columns)
+        height, width = is_picture.shape
         top, bottom = _edges(rows, height)
         left, right = _edges(columns, width)
         if (top, left, bottom, right) == (0, 0, height, width):

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from training.prepare.pixels import area_mean, luminance
+
 __all__ = ["SIDE", "CutDetector", "find_cuts", "small_grey"]
 
 SIDE = 32
@@ -25,19 +27,7 @@ def small_grey(frame: np.ndarray) -> Grey:
     Args:
         frame: uint8 RGB (height, width, 3) of any size.
     """
-    grey = frame.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
-    return _area_mean(_area_mean(grey).T).T
-
-
-def _area_mean(rows: np.ndarray) -> np.ndarray:
-    """Mean of rows in 32 bins of equal, possibly fractional, size."""
-    edges = np.linspace(0, rows.shape[0], SIDE + 1)
-    total = np.zeros((rows.shape[0] + 1, rows.shape[1]))
-    np.cumsum(rows, axis=0, dtype=np.float64, out=total[1:])
-    below = np.minimum(edges.astype(int), rows.shape[0] - 1)
-    at = total[below] + (edges - below)[:, None] * (total[below + 1] - total[below])
-    mean: np.ndarray = (np.diff(at, axis=0) / np.diff(edges)[:, None]).astype(np.float32)
-    return mean
+    return area_mean(luminance(frame), SIDE)
 
 
 class CutDetector:

@@ -9,6 +9,7 @@ from PIL import Image
 from training.errors import DataError
 from training.prepare.config import Box, PrepareConfig
 from training.prepare.decode import Frame, OnBadFrame, decode
+from training.prepare.pixels import brightest
 from training.prepare.source import Item
 
 __all__ = ["KeptFrame", "fit_frame", "frame_step", "is_black", "kept_frames", "paint_black"]
@@ -37,7 +38,7 @@ class Dropped:
 
 def is_black(pixels: np.ndarray) -> bool:
     """Whether a frame shows nothing, as data sets do with views from outside of the body."""
-    return bool((pixels.max(axis=2) <= BLACK_LEVEL).mean() >= BLACK_SHARE)
+    return bool((brightest(pixels) <= BLACK_LEVEL).mean() >= BLACK_SHARE)
 
 
 def frame_step(fps: float | None, max_fps: float | None) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 from scipy import ndimage
 
 from training.prepare.config import Box
+from training.prepare.pixels import luminance
 
 __all__ = ["OverlayFinder"]
 
@@ -36,7 +37,7 @@ class OverlayFinder:
 
     def add(self, frame: np.ndarray) -> None:
         """Look at a frame: uint8 RGB (height, width, 3)."""
-        grey = frame.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+        grey = luminance(frame).astype(np.float32)
         if not self._count:
             self._step = math.ceil(max(grey.shape) / MAX_SIDE)
         if self._step > 1:

@@ -39,3 +39,22 @@ def test_one_dark_row_is_an_encoders(texture) -> None:  # type: ignore[no-untype
     clip = np.maximum(texture(3, 3), 40)
     clip[:, :1] = 0
     assert picture_of(clip) is None
+
+
+def test_letters_in_the_border_are_no_picture(texture) -> None:  # type: ignore[no-untyped-def]
+    framed = np.zeros((4, 80, 100, 3), np.uint8)
+    framed[:, 20:60, 10:90] = np.maximum(texture(4, 4, height=40, width=80), 40)
+    framed[:, 2:10, 5:70] = 250
+    assert picture_of(framed) == Box(left=5, top=2, width=85, height=58)
+    finder = BorderFinder()
+    for frame in framed:
+        finder.add(frame)
+    letters = Box(left=4, top=1, width=68, height=10)
+    assert finder.picture([letters]) == Box(left=10, top=20, width=80, height=40)
+
+
+def test_one_flash_lights_up_no_border(texture) -> None:  # type: ignore[no-untyped-def]
+    framed = np.zeros((40, 60, 80, 3), np.uint8)
+    framed[:, 10:50, 20:60] = np.maximum(texture(5, 40, height=40, width=40), 40)
+    framed[7] = 200
+    assert picture_of(framed) == Box(left=20, top=10, width=40, height=40)
