@@ -109,7 +109,7 @@ def analyse_item(index: int, item: Item, config: PrepareConfig) -> ItemAnalysis:
         return ItemAnalysis(item=index, skipped=(Skipped(name=item.name, reason=str(error)),))
     rate = item.fps or fps or config.fps
     if decoded and rate is None:
-        reason = "does not say its frame rate: give it with fps"
+        reason = "does not say its frame rate: give it with --fps"
         return ItemAnalysis(item=index, skipped=(Skipped(name=item.name, reason=reason),))
     drafts = []
     for number, clip in clips.items():

@@ -79,12 +79,12 @@ def refusal(facts: DicomFacts, identifying: tuple[str, ...], *, deidentify: bool
     """
     if identifying and not deidentify:
         shown = ", ".join(identifying[:6]) + (", ..." if len(identifying) > 6 else "")
-        return f"names a patient ({len(identifying)} elements: {shown}); use deidentify"
+        return f"names a patient ({len(identifying)} elements: {shown}); use --deidentify"
     if facts.burned_in != "NO" and not is_covered:
         said = f"is {facts.burned_in}" if facts.burned_in else "is missing"
         return (
             f"BurnedInAnnotation {said}: its pixels may show the patient's name; give a mask or a crop that covers "
-            "it, or burned_in=accept once you have looked"
+            "it, or --burned-in accept once you have looked"
         )
     return None
 

@@ -106,7 +106,7 @@ def prepare(
     skipped += [Skipped(name=drafts[index].name, reason=reason) for index, reason in sorted(plan.reasons.items())]
     chosen = [(draft, split) for draft, split in zip(drafts, plan.splits, strict=True) if split is not None]
     if not any(split == "train" for _, split in chosen):
-        raise DataError("no clip is left to train on; see what was skipped with a dry run, or choose splits=draw")
+        raise DataError("no clip is left to train on; see what was skipped with a dry run, or choose --splits draw")
     placements = place_clips([(draft.item, draft.segment, split, draft.frames) for draft, split in chosen], config)
     used = {draft.item for draft, _ in chosen}
     pictures = {

@@ -56,7 +56,7 @@ def plan_splits(candidates: Sequence[Candidate], duplicates: Sequence[tuple[int,
         missing = [candidate.name for candidate, given in zip(candidates, has_given, strict=True) if not given]
         raise DataError(
             f"the source says a split for some clips and none for {len(missing)} others, e.g. {missing[0]}: "
-            "complete it, or choose splits=draw"
+            "complete it, or choose --splits draw"
         )
     is_drawn = config.splits == "draw" or not any(has_given)
     if is_drawn:
@@ -80,7 +80,7 @@ def plan_splits(candidates: Sequence[Candidate], duplicates: Sequence[tuple[int,
         one, two = crossing[0]
         raise DataError(
             f"{len(crossing)} pairs of near-duplicates are on both sides, e.g. {candidates[one].name} and "
-            f"{candidates[two].name}: choose duplicates=move, drop or keep"
+            f"{candidates[two].name}: choose --duplicates move, drop or keep"
         )
     if config.duplicates == "drop":
         for one, two in crossing:

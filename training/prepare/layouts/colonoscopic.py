@@ -49,7 +49,7 @@ def list_colonoscopic(root: Path, config: PrepareConfig) -> Listing:
         items.append(_item(entry, root, config, columns))
     folders = [item for item in items if item.kind == "frames"]
     if folders and config.fps is None:
-        raise DataError(f"frame folders, e.g. {folders[0].name}, do not say their frame rate: give it with fps")
+        raise DataError(f"frame folders, e.g. {folders[0].name}, do not say their frame rate: give it with --fps")
     # a condition that only some clips have would be a class of clips whose names say less
     conditions = [item.segments[0].conditions for item in items]
     for column in columns:

@@ -125,7 +125,7 @@ def _usable_header(path: Path, config: PrepareConfig) -> tuple[Dataset | None, s
     if facts.num_frames < 2:
         return None, "is a single frame, no video"
     if facts.fps is None and config.fps is None:
-        return None, "does not say its frame rate (FrameTime, CineRate): give it with fps"
+        return None, "does not say its frame rate (FrameTime, CineRate): give it with --fps"
     return header, ""
 
 
@@ -140,13 +140,13 @@ def _check_labels(items: list[Item], words: set[str]) -> None:
         if words & set(re.split(r"[\W_]+", label.lower())):
             raise DataError(
                 "a folder is called after a patient, so folder names cannot be labels: rename it, choose "
-                "label_columns= (none), or write a manifest of converted videos"
+                "--label-columns '' (none), or write a manifest of converted videos"
             )
     groups = {group for members in labels.values() for group in members}
     if len(labels) > 2 and len(labels) == len(groups) and all(len(members) == 1 for members in labels.values()):
         raise DataError(
             f"each of the {len(labels)} folders holds one patient: they look like patients, not like labels; choose "
-            "label_columns= (none)"
+            "--label-columns '' (none)"
         )
 
 

@@ -65,7 +65,7 @@ def list_folder(root: Path, config: PrepareConfig) -> Listing:
         name = relative_name(found.path, root)
         if found.kind == "other":
             if is_dicom(found.path):
-                skipped.append(Skipped(name=name, reason="is DICOM: use layout=dicom"))
+                skipped.append(Skipped(name=name, reason="is DICOM: use --layout dicom"))
             else:
                 ignored.append(name)
             continue
@@ -89,5 +89,5 @@ def _require_fps(items: list[Item], config: PrepareConfig) -> None:
     if folders and config.fps is None:
         raise DataError(
             f"{len(folders)} items are folders of frames, e.g. {folders[0].name}, which do not say their frame rate: "
-            "give it with fps"
+            "give it with --fps"
         )

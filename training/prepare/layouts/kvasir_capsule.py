@@ -65,7 +65,7 @@ def list_kvasir_capsule(root: Path, config: PrepareConfig) -> Listing:
         kind, paths = files[video]
         name = relative_name(paths[0], root) if kind == "video" else f"labelled_images/{video}"
         if kind == "frames" and config.fps is None:
-            raise DataError("labelled_images do not say their frame rate: give it with fps, or add labelled_videos")
+            raise DataError("labelled_images do not say their frame rate: give it with --fps, or add labelled_videos")
         segments, short = runs_to_segments(
             name, frames, min_frames=config.min_frames, bridge_frames=config.bridge_frames
         )

@@ -142,7 +142,7 @@ def _of_data_set(rows: list[Row], config: PrepareConfig) -> list[Row]:
     if len(names) == 1 and config.dataset in ("", names[0]):
         return rows
     if config.dataset not in names:
-        raise DataError(f"the table holds the data sets {', '.join(names)}: choose one with dataset")
+        raise DataError(f"the table holds the data sets {', '.join(names)}: choose one with --dataset")
     return [row for row in rows if row.values["dataset"] == config.dataset]
 
 
@@ -187,7 +187,7 @@ def _item(
     if fps is not None and not 0 < fps < 1000:
         raise fail("fps", f"must be above 0 and below 1000, not {fps:g}")
     if kind == "frames" and fps is None and config.fps is None:
-        raise fail(file_column, f"{file!r} is a folder of frames: give its frame rate in a column fps, or with fps")
+        raise fail(file_column, f"{file!r} is a folder of frames: give its frame rate in a column fps, or with --fps")
     first, last = _number(values, "start_frame", fail), _number(values, "end_frame", fail)
     if first is not None and last is not None and last < first:
         raise fail("end_frame", f"{last:g} is before start_frame {first:g}")

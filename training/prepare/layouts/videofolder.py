@@ -76,7 +76,7 @@ def list_videofolder(root: Path, config: PrepareConfig) -> Listing:
             items.append(item_of(found, root, config, conditions=conditions, split=split))
     folders = [item for item in items if item.kind == "frames"]
     if folders and config.fps is None:
-        raise DataError(f"frame folders, e.g. {folders[0].name}, do not say their frame rate: give it with fps")
+        raise DataError(f"frame folders, e.g. {folders[0].name}, do not say their frame rate: give it with --fps")
     return _listing(root, items, [], ignored, [], config)
 
 

@@ -142,7 +142,7 @@ def test_a_file_that_names_a_patient_is_refused_without_deidentify(tmp_path: Pat
     assert found.items == ()
     (entry,) = found.skipped
     assert entry.name == "a.dcm"
-    assert "names a patient (3 elements: PatientBirthDate, PatientID, PatientName); use deidentify" in entry.reason
+    assert "names a patient (3 elements: PatientBirthDate, PatientID, PatientName); use --deidentify" in entry.reason
     assert "Doe" not in entry.reason
 
 

@@ -54,7 +54,7 @@ def test_folder_names_are_labels(tmp_path: Path, put_video: Put, put_frames: Put
 
 def test_frame_folders_need_a_rate(tmp_path: Path, put_frames: Put) -> None:
     put_frames(tmp_path / "normal" / "clip1", 2, range(4))
-    with pytest.raises(DataError, match=r"1 items are folders of frames, e\.g\. normal/clip1, .*: give it with fps"):
+    with pytest.raises(DataError, match=r"1 items are folders of frames, e\.g\. normal/clip1, .*: give it with --fps"):
         listing(tmp_path)
 
 
@@ -366,7 +366,7 @@ def test_a_table_of_several_data_sets_needs_a_choice(tmp_path: Path, put_video: 
     put_video(tmp_path / "a.mp4", 1)
     put_video(tmp_path / "b.mp4", 1)
     table = manifest(tmp_path, "file,dataset,label\na.mp4,one,x\nb.mp4,two,y\n")
-    with pytest.raises(DataError, match="holds the data sets one, two: choose one with dataset"):
+    with pytest.raises(DataError, match="holds the data sets one, two: choose one with --dataset"):
         listing(table)
     assert list(by_name(listing(table, dataset="two"))) == ["b.mp4"]
 

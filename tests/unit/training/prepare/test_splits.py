@@ -85,7 +85,7 @@ def test_validation_tests_where_there_is_no_test_split() -> None:
 
 def test_a_half_given_split_is_refused() -> None:
     candidates = [clip("1", "p", split="train"), clip("2", "q")]
-    with pytest.raises(DataError, match=r"none for 1 others, e\.g\. 2: complete it, or choose splits=draw"):
+    with pytest.raises(DataError, match=r"none for 1 others, e\.g\. 2: complete it, or choose --splits draw"):
         plan_splits(candidates, [], CONFIG)
     with pytest.raises(DataError, match=r"splits=given, but the source says no split for 1 clips, e\.g\. 2"):
         plan_splits(candidates, [], dataclasses.replace(CONFIG, splits="given"))
