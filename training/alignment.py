@@ -25,11 +25,13 @@ from medsora.geometry import latent_shape
 from medsora.jsonconfig import to_json
 from medsora.models.denoiser import Denoiser
 from training.config import AlignmentConfig, TrainConfig, config_hash
+from training.data.cached_flow import cached_flow
 from training.data.clips import ClipSet
 from training.errors import TrainingError
 from training.flow import MOTION_CHANNELS, Raft, flow_to_colour, load_raft
 from training.flow_targets import FlowTargets, MeasurePairs, load_or_measure, measure_windows
 from training.image_features import ImageFeatures, load_dino, squeezenet_features
+from training.prepare.cache import Cache
 from training.squeezenet import load_squeezenet
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "layers_of_blocks",
     "make_alignment",
     "motion_features",
+    "patch_grid",
 ]
 
 PAIRS_AT_ONCE = 256
@@ -250,14 +253,29 @@ def colour_features(
     return measure
 
 
+def patch_grid(config: TrainConfig) -> tuple[int, int]:
+    """Rows and columns of the denoiser's patches."""
+    _, height, width = latent_shape(config.data.num_frames, config.data.height, config.data.width)
+    patch = config.model.denoiser.patch_size
+    return height // patch, width // patch
+
+
 def make_alignment(
-    config: TrainConfig, model: Denoiser, clips: ClipSet, *, files: AlignmentFiles, cache: Path, device: torch.device
+    config: TrainConfig,
+    model: Denoiser,
+    clips: ClipSet,
+    *,
+    files: AlignmentFiles,
+    cache: Path,
+    device: torch.device,
+    prepared: Cache | None = None,
 ) -> Alignment | None:
     """The alignment that a run asks for, with its targets from ``cache`` or computed now.
 
     Args:
         clips: The training windows.
         cache: File for the targets, safetensors.
+        prepared: Cache that the clips are from; features of motion that it has are not measured again.
 
     Raises:
         TrainingError: A network is needed whose file is not named, or whose file is unusable.
@@ -274,9 +292,7 @@ def make_alignment(
         raise TrainingError(
             "alignment.kind is paper: name its image network with --dino (TorchScript), or a stand-in with --squeezenet"
         )
-    _, height, width = latent_shape(config.data.num_frames, config.data.height, config.data.width)
-    patch = model.config.patch_size
-    grid = (height // patch, width // patch)
+    grid = patch_grid(config)
     used = {"raft": files.raft} | ({"image": image_file} if settings.kind == "paper" else {})
 
     def measure() -> MeasurePairs:
@@ -299,18 +315,25 @@ def make_alignment(
         "networks": {name: sha256_of(path) for name, path in used.items() if path is not None},
         "clips": [to_json(record) for record in clips.records],
     })  # fmt: skip
-    targets = load_or_measure(
-        cache,
-        key=key,
-        device=device,
-        make=lambda: measure_windows(
+
+    def make() -> FlowTargets:
+        if prepared is not None and settings.kind == "raft":
+            assert files.raft is not None  # checked above
+            stored = cached_flow(
+                prepared, clips, network_sha256=sha256_of(files.raft), grid=grid, data=config.data,
+                batch_size=PAIRS_AT_ONCE,
+            )  # fmt: skip
+            if stored is not None:
+                return stored
+        return measure_windows(
             clips,
             measure(),
             has_flips=config.data.has_flips,
             is_standardised=settings.kind == "raft",
             batch_size=PAIRS_AT_ONCE,
-        ),
-    )
+        )
+
+    targets = load_or_measure(cache, key=key, device=device, make=make)
     if settings.kind == "raft":
         return MotionAlignment(model, targets, settings)
     return ColourAlignment(model, targets, settings)

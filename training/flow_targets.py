@@ -19,7 +19,7 @@ from medsora.geometry import TEMPORAL_STRIDE
 from medsora.video_io import from_uint8
 from training.data.clips import ClipSet, index_batches
 
-__all__ = ["FlowTargets", "MeasurePairs", "load_or_measure", "measure_windows"]
+__all__ = ["FlowTargets", "MeasurePairs", "load_or_measure", "measure_windows", "standardise"]
 
 MeasurePairs = Callable[[Tensor, Tensor], Tensor]
 """(first frames, second frames), both (n 3 h w) in [-1, 1], to features of the motion between them: (n c h w)."""
@@ -75,13 +75,17 @@ def measure_windows(
             parts.append(measure(*(frames.flip(-1) if is_flipped else frames)).to(torch.float16))
     features = torch.cat(parts)
     if is_standardised:
-        _standardise(features, batch_size)
+        standardise(features, batch_size)
     pairs = torch.cat([of_windows, of_windows + len(different)]) if has_flips else of_windows
     return FlowTargets(features=features, pairs=pairs)
 
 
-def _standardise(features: Float[Tensor, "n c h w"], batch_size: int) -> None:
-    """In place, piece by piece: all of it in float32 may not fit."""
+def standardise(features: Float[Tensor, "n c h w"], batch_size: int) -> None:
+    """Give each channel mean 0 and deviation 1 over all pairs and places, in place and piece by piece.
+
+    Args:
+        batch_size: Pairs at once: all of them in float32 may not fit.
+    """
     pieces = torch.split(features, batch_size)
     count = features[:, 0].numel()
     mean = torch.stack([piece.sum(dim=(0, 2, 3), dtype=torch.float64) for piece in pieces]).sum(0) / count

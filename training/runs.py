@@ -208,6 +208,7 @@ def train_denoiser(
             files=alignment_files or AlignmentFiles(),
             cache=directory / "flow-features.safetensors",
             device=device,
+            prepared=open_cache(table) if is_cache(table) else None,
         )
     if alignment is not None:
         pairs, shape = len(alignment.targets.features), tuple(alignment.targets.features.shape[1:])

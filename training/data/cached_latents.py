@@ -8,10 +8,9 @@ import torch
 
 from medsora.models.autoencoder import VideoAutoencoder
 from training.config import DataConfig, config_hash
-from training.data.clips import ClipSet, clip_set
+from training.data.clips import ClipSet
 from training.data.latents import LatentSet, encode_windows
-from training.data.prepared import record_of
-from training.data.windows import stride_for, window_starts
+from training.data.prepared import windows_of_clip
 from training.errors import DataError
 from training.prepare.arrays import add_arrays
 from training.prepare.cache import ArrayRecord, Cache, CachedClip, open_cache
@@ -58,23 +57,10 @@ def store_latents(
         )
 
     def encode(clip: CachedClip, frames: np.ndarray) -> dict[str, np.ndarray]:
-        is_training = clip.split == "train"
-        step = data.window_step if is_training else data.test_window_step
-        stride = stride_for(clip.fps, data.target_fps)
-        if not window_starts(clip.frames, cuts=clip.cuts, num_frames=data.num_frames, stride=stride, step=step):
+        windows = windows_of_clip(clip, frames, index.dataset, data, device)
+        if windows is None:
             return {}
-        name, value = next(iter(clip.conditions.items()))
-        windows = clip_set(
-            [record_of(clip, index.dataset)],
-            frames,
-            num_frames=data.num_frames,
-            target_fps=data.target_fps,
-            condition_columns=(name,),
-            condition_names=((value,),),
-            step=step,
-            device=device,
-        )
-        has_flips = data.has_flips and is_training
+        has_flips = data.has_flips and clip.split == "train"
         made = encode_windows(autoencoder, windows, has_flips=has_flips, batch_size=batch_size).latents.cpu().numpy()
         parts = {PLAIN: made[: len(windows)]}
         return parts | {MIRRORED: made[len(windows) :]} if has_flips else parts

@@ -7,10 +7,11 @@ from medsora.config import ModelConfig
 from training.config import DataConfig
 from training.data.clips import ClipSet, clip_set
 from training.data.manifest import ClipRecord, select_clips
+from training.data.windows import stride_for, window_starts
 from training.errors import DataError
 from training.prepare.cache import Cache, CachedClip
 
-__all__ = ["load_prepared", "record_of"]
+__all__ = ["load_prepared", "record_of", "windows_of_clip"]
 
 
 def record_of(clip: CachedClip, dataset: str) -> ClipRecord:
@@ -70,5 +71,26 @@ def load_prepared(
         condition_columns=tuple(data.condition_columns.values()),
         condition_names=tuple(model.condition_names.values()),
         step=usual if step is None else step,
+        device=device,
+    )
+
+
+def windows_of_clip(
+    clip: CachedClip, frames: np.ndarray, dataset: str, data: DataConfig, device: torch.device
+) -> ClipSet | None:
+    """All windows that training cuts from one clip, or None where it is too short. Conditions are of no meaning."""
+    step = data.window_step if clip.split == "train" else data.test_window_step
+    stride = stride_for(clip.fps, data.target_fps)
+    if not window_starts(clip.frames, cuts=clip.cuts, num_frames=data.num_frames, stride=stride, step=step):
+        return None
+    name, value = next(iter(clip.conditions.items()))
+    return clip_set(
+        [record_of(clip, dataset)],
+        frames,
+        num_frames=data.num_frames,
+        target_fps=data.target_fps,
+        condition_columns=(name,),
+        condition_names=((value,),),
+        step=step,
         device=device,
     )
