@@ -150,6 +150,7 @@ def latents_command(
     data: Annotated[Path, typer.Option(help="Folder of a prepared cache.")],
     autoencoder: Annotated[Path, typer.Option(help="Folder of the autoencoder's run, or a checkpoint.")],
     average: Annotated[str | None, typer.Option(help="Which of the run's averages; default its first.")] = None,
+    raft: Annotated[Path | None, typer.Option(help="RAFT-small's weights: keep features of motion, too.")] = None,
     settings: SetOption = None,
     device: DeviceOption = "auto",
 ) -> None:
@@ -167,6 +168,20 @@ def latents_command(
     )  # fmt: skip
     size = sum(file.size_bytes for file in record.files.values())
     typer.echo(f"{data}: latents {record.key}, {size / 2**20:.1f} MiB")
+    if raft is None:
+        return
+    from medsora.files import sha256_of
+    from training.alignment import PAIRS_AT_ONCE, motion_features, patch_grid
+    from training.data.cached_flow import store_flow
+    from training.flow import load_raft
+
+    grid = patch_grid(config)
+    record = store_flow(
+        data, motion_features(load_raft(raft, device=place), grid), network_sha256=sha256_of(raft), grid=grid,
+        data=config.data, device=place, batch_size=PAIRS_AT_ONCE, progress=_report_clips,
+    )  # fmt: skip
+    size = sum(file.size_bytes for file in record.files.values())
+    typer.echo(f"{data}: flow features {record.key}, {size / 2**20:.1f} MiB")
 
 
 @app.command("evaluate")
