@@ -25,6 +25,8 @@ TORCH_FREE = [
     "server.jobs",
     "server.settings",
     "training",
+    "training.cli",
+    "training.prepare.pipeline",
 ]
 
 

@@ -68,6 +68,7 @@ def list_source(source: Path, config: PrepareConfig) -> Listing:
         detect_layout(source)  # only for its errors
         if layout != "manifest" and not source.is_dir():
             raise DataError(f"layout {layout} is a folder, and {source} is none")
+    _refuse_idle_settings(layout, config)
     listing = READERS[layout](source, config)
     listing = replace(listing, items=_with_groups(listing.items, config))
     names = [item.cache_name for item in listing.items]
@@ -77,6 +78,19 @@ def list_source(source: Path, config: PrepareConfig) -> Listing:
     if not listing.items and not listing.skipped:
         raise DataError(f"{source} holds nothing that the layout {layout} knows")
     return listing
+
+
+def _refuse_idle_settings(layout: str, config: PrepareConfig) -> None:
+    """A setting that would have no effect is a mistake."""
+    has_frame_labels = ("cholectriplet", "kvasir-capsule")
+    for option, is_set, layouts in (
+        ("--fold", config.fold is not None, has_frame_labels),
+        ("--bridge-frames", config.bridge_frames > 0, has_frame_labels),
+        ("--deidentify", config.deidentify, ("dicom",)),
+        ("--group-salt", config.group_salt is not None, ("dicom",)),
+    ):
+        if is_set and layout not in layouts:
+            raise DataError(f"{option} is for the layouts {', '.join(layouts)}, and this is {layout}")
 
 
 def _with_groups(items: tuple[Item, ...], config: PrepareConfig) -> tuple[Item, ...]:

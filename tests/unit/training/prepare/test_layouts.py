@@ -95,6 +95,18 @@ def test_clear_mistakes(tmp_path: Path, put_video: Put) -> None:
         PrepareConfig(layout="zip")
 
 
+@pytest.mark.parametrize(
+    ("changes", "option"),
+    [({"fold": 1}, "--fold"), ({"bridge_frames": 3}, "--bridge-frames"), ({"deidentify": True}, "--deidentify")],
+)
+def test_settings_without_effect_are_refused(
+    tmp_path: Path, put_video: Put, changes: dict[str, object], option: str
+) -> None:
+    put_video(tmp_path / "a" / "a.mp4", 1)
+    with pytest.raises(DataError, match=f"{option} is for the layouts .*, and this is folder"):
+        listing(tmp_path, **changes)
+
+
 # Colonoscopic
 
 
