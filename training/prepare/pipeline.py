@@ -240,7 +240,7 @@ def _conditions(drafts: list[ClipDraft]) -> tuple[dict[str, tuple[str, ...]], li
 def _split_notes(plan: Plan, chosen: Sequence[tuple[ClipDraft, str]]) -> list[str]:
     notes = ["the split was drawn by group" if plan.is_drawn else "the split is the source's own"]
     if not any(split == "test" for _, split in chosen):
-        notes.append("there is no test split, and training needs one: there are too few groups, or clips, to draw it from")
+        notes.append("there is no test split, and training needs one: there are too few groups to draw it from")
     return notes
 
 
