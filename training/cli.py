@@ -186,21 +186,31 @@ def latents_command(
 
 @app.command("evaluate")
 def evaluate_command(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory, or the name of a shipped one.")],
     data: DataOption,
     squeezenet: Annotated[Path, typer.Option(help="SqueezeNet 1.0 weights, Caffe layer names.")],
-    out: Annotated[Path, typer.Option(help="Folder for report.json and contact sheets.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.html, report.json and contact sheets.")],
+    i3d: Annotated[Path | None, typer.Option(help="StyleGAN-V's i3d_torchscript.pt: FVD.")] = None,
+    videomae: Annotated[Path | None, typer.Option(help="VideoMAE of SSv2 as TorchScript: CD-FVD.")] = None,
+    inception: Annotated[Path | None, typer.Option(help="inception-2015-12-05.pt: FID, inception score.")] = None,
+    clip: Annotated[Path | None, typer.Option(help="CLIP ViT, OpenAI's .pt or .safetensors.")] = None,
+    raft: Annotated[Path | None, typer.Option(help="raft-small.pth: flow warping error.")] = None,
     name: Annotated[str, typer.Option("--recipe", help="Recipe that says which clips and windows.")] = "denoiser_small",
     settings: SetOption = None,
     samples: Annotated[int, typer.Option(help="Clips to generate.", min=2)] = 512,
     batch_size: Annotated[int, typer.Option(help="Clips generated together.", min=1)] = 64,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps; default the checkpoint's.", min=1)] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; default the checkpoint's.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Sampler; default the checkpoint's.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the first sample; each has the next one.", min=0)] = 1_000_000,
+    resamples: Annotated[int, typer.Option(help="Of the bootstrap; 0: no intervals.", min=0)] = 200,
     dtype: Annotated[str, typer.Option(help="Of the sampler: float32 or bfloat16.")] = "float32",
     device: DeviceOption = "auto",
 ) -> None:
-    """Measure a checkpoint on the test split and write a report with contact sheets."""
+    """Measure a checkpoint on the test split: report.html, report.json and contact sheets."""
     config = _configure(name, settings, data)
-    from training.evaluate import EvaluationConfig, evaluate_checkpoint
-    from training.squeezenet import load_squeezenet
+    from training.evaluate import EvaluationConfig, evaluate_checkpoint, summary
+    from training.evaluation.networks import load_networks
 
     place = _device(device)
     figures = evaluate_checkpoint(
@@ -208,12 +218,25 @@ def evaluate_command(
         out,
         table=data,
         data=config.data,
-        squeezenet=load_squeezenet(squeezenet, device=place),
+        networks=load_networks(
+            squeezenet=squeezenet, i3d=i3d, videomae=videomae, inception=inception, clip=clip, raft=raft, device=place
+        ),
         device=place,
-        settings=EvaluationConfig(num_samples=samples, batch_size=batch_size, dtype=dtype),
+        settings=EvaluationConfig(
+            num_samples=samples,
+            batch_size=batch_size,
+            seed=seed,
+            dtype=dtype,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            sampler=sampler,
+            resamples=resamples,
+        ),
         report=_report,
     )
-    typer.echo(json.dumps({key: figures[key] for key in ("reconstruction", "frechet", "nearest_training")}, indent=1))
+    for line in summary(figures):
+        typer.echo(line)
+    typer.echo(f"{out / 'report.html'}")
 
 
 @app.command("export")

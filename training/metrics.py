@@ -22,7 +22,6 @@ __all__ = [
     "high_frequency_energy",
     "measure_reconstruction",
     "motion_statistics",
-    "nearest_training_windows",
     "psnr_db",
     "ssim",
 ]
@@ -137,8 +136,13 @@ def motion_statistics(clips: UInt8[Tensor, "n f h w 3"]) -> dict[str, Float[Tens
     }
 
 
-def gaussian_statistics(features: Float[Tensor, "n d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
-    """Mean and covariance (over n - 1) of feature vectors, in float64 on the CPU.
+def gaussian_statistics(
+    features: Float[Tensor, "n d"], *, ddof: int = 1
+) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
+    """Mean and covariance of feature vectors, in float64 on the CPU.
+
+    Args:
+        ddof: The covariance is divided by ``n - ddof``.
 
     Raises:
         ValueError: Fewer than two vectors.
@@ -148,7 +152,7 @@ def gaussian_statistics(features: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "
     values = features.double().cpu()
     mean = values.mean(dim=0)
     centred = values - mean
-    return mean, centred.T @ centred / (len(values) - 1)
+    return mean, centred.T @ centred / (len(values) - ddof)
 
 
 def frechet_distance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
@@ -166,43 +170,3 @@ def frechet_distance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
     cross = torch.linalg.eigvalsh((middle + middle.T) / 2).clamp_min(0.0).sqrt().sum()
     distance = (mean1 - mean2).square().sum() + covariance1.trace() + covariance2.trace() - 2 * cross
     return max(0.0, float(distance))
-
-
-def nearest_training_windows(
-    clips: UInt8[Tensor, "n f h w 3"], training: ClipSet, *, size: int = 32, batch_size: int = 256
-) -> tuple[Float[Tensor, " n"], Tensor, Tensor]:
-    """For each clip the training window it resembles most, mirrored windows included: is it a copy?
-
-    Compared in grey at ``size`` x ``size`` pixels, all frames together.
-
-    Returns:
-        Root-mean-square difference in grey levels (0 to 255), index of the window, and whether it is mirrored.
-    """
-    queries = _thumbnails(clips, size)
-    norms = queries.square().sum(dim=1)
-    best = torch.full((len(queries),), torch.inf, device=queries.device)
-    window = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
-    mirrored = torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
-    for flip in (False, True):
-        for indices in index_batches(len(training), batch_size, training.frames.device):
-            windows = training.gather(indices, torch.full_like(indices, flip, dtype=torch.bool))
-            keys = _thumbnails(windows, size).to(queries.device)
-            squared = norms[:, None] + keys.square().sum(dim=1) - 2 * queries @ keys.T
-            distance, position = squared.clamp_min(0.0).min(dim=1)
-            closer = distance < best
-            best = torch.where(closer, distance, best)
-            window = torch.where(closer, indices.to(queries.device)[position], window)
-            mirrored = torch.where(closer, torch.full_like(mirrored, flip), mirrored)
-    # the expanded square cancels badly for near copies (worse in TF32): measure the winners directly
-    exact = []
-    for rows in index_batches(len(queries), batch_size, queries.device):
-        place = training.frames.device
-        twins = training.gather(window[rows].to(place), mirrored[rows].to(place))
-        exact.append((queries[rows] - _thumbnails(twins, size).to(queries.device)).square().mean(dim=1))
-    return torch.cat(exact).sqrt(), window, mirrored
-
-
-def _thumbnails(clips: Tensor, size: int) -> Tensor:
-    grey = clips.float().mean(dim=-1)
-    small = F.interpolate(grey, size=(size, size), mode="area")
-    return (small - 127.5).flatten(1)

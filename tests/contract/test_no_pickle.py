@@ -39,9 +39,14 @@ def call_problems(node: ast.Call) -> Iterator[str]:
         yield f"line {node.lineno}: allow_pickle"
 
 
+TORCHSCRIPT = ROOT / "training" / "evaluation" / "torchscript.py"
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_no_source_reads_or_writes_pickles(path: Path) -> None:
-    assert list(problems(ast.parse(path.read_text(encoding="utf-8")))) == []
+    found = [text.partition(": ")[2] for text in problems(ast.parse(path.read_text(encoding="utf-8")))]
+    # evaluation alone, never the server: the networks of FVD and FID are published in no other form
+    assert found == (["torch.jit.load"] if path == TORCHSCRIPT else [])
 
 
 def test_only_weights_of_others_are_read_from_pickles() -> None:

@@ -1,6 +1,5 @@
 """From clips to a generated video through the command line, and what the exported checkpoint says of itself."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +14,8 @@ from medsora.pipeline import VideoPipeline
 from medsora.request import resolve_label, resolve_request
 from training.cli import app
 from training.errors import TrainingError
-from training.evaluate import EvaluationConfig, evaluate_checkpoint
 from training.export import describe_labels, export_checkpoint
-from training.recipes import recipe
 from training.runs import load_autoencoder, load_result
-from training.squeezenet import SqueezeNet
 
 LOOP = ["--set", "loop.steps=6", "--set", "loop.checkpoint_every=3", "--device", "cpu"]
 
@@ -154,26 +150,6 @@ def test_parts_that_do_not_belong_together_are_refused(made: Path, table: Path, 
 def test_labels_need_words() -> None:
     with pytest.raises(TrainingError, match="no words are known"):
         describe_labels([{"finding": "cyst", "probe": "convex"}])
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_evaluation_writes_a_report_and_sheets(made: Path, table: Path, tmp_path: Path, dtype: str) -> None:
-    figures = evaluate_checkpoint(
-        made / "checkpoint", tmp_path, table=table, data=recipe("denoiser_tiny").data, squeezenet=SqueezeNet().eval(),
-        device=torch.device("cpu"), settings=EvaluationConfig(num_samples=7, batch_size=4, sheet_clips=1, dtype=dtype),
-        report=lambda text: None,
-    )  # fmt: skip
-    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == figures
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "report.json", "samples.png", "reconstruction.png", "nearest.png"
-    }  # fmt: skip
-    assert sum(figures["samples"]["per_label"].values()) == 7
-    distances = figures["frechet"]["all_labels"]
-    assert distances["samples"] == distances["train_windows"] == 7
-    assert distances["frechet_squeezenet"]["samples_to_test"] > 0
-    assert "fid" not in json.dumps(figures).lower()
-    assert "fvd" not in json.dumps(figures).lower()
-    assert set(figures["motion"]) == {"test_split", "regular-convex", "covid-convex", "viral-linear"}
 
 
 def test_the_command_line_explains_mistakes(table: Path, tmp_path: Path) -> None:

@@ -9,14 +9,12 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from medsora.video_io import from_uint8
 from training.data.clips import ClipSet
-from training.evaluate import allocate_labels
 from training.metrics import (
     frechet_distance,
     gaussian_statistics,
     high_frequency_energy,
     measure_reconstruction,
     motion_statistics,
-    nearest_training_windows,
     psnr_db,
     ssim,
 )
@@ -119,21 +117,3 @@ def test_gaussian_statistics_equal_numpy() -> None:
     mean, covariance = gaussian_statistics(features)
     np.testing.assert_allclose(mean.numpy(), features.double().numpy().mean(0))
     np.testing.assert_allclose(covariance.numpy(), np.cov(features.double().numpy().T))
-
-
-def test_a_copied_window_is_found_mirrored_or_not() -> None:
-    training = clip_set(torch.randint(0, 256, (12, 32, 32, 3), dtype=torch.uint8), 4)
-    copies = training.gather(torch.tensor([5, 2]), torch.tensor([True, False]))
-    shifted = (copies.float() * 0.5 + 60).to(torch.uint8)
-    distance, window, mirrored = nearest_training_windows(copies, training, size=16, batch_size=4)
-    assert distance.max().item() < 1e-3
-    assert window.tolist() == [5, 2]
-    assert mirrored.tolist() == [True, False]
-    assert nearest_training_windows(shifted, training, size=16)[0].min().item() > 1
-
-
-def test_labels_are_shared_out_exactly() -> None:
-    assert allocate_labels([70, 29, 1], 10) == [6, 3, 1]
-    assert allocate_labels([1, 1, 1], 8) in ([3, 3, 2], [3, 2, 3], [2, 3, 3])
-    assert sum(allocate_labels([5000, 800, 1200, 77, 212, 106], 512)) == 512
-    assert min(allocate_labels([5000, 1, 1], 5)) == 1
