@@ -1,6 +1,5 @@
 """Training in real processes: several that do together what one does, and ones that are stopped or killed."""
 
-import csv
 import importlib.util
 import json
 import os
@@ -20,10 +19,8 @@ import psutil
 import pytest
 import torch
 
-from medsora.video_io import write_mp4
 from training.checkpointing import TrainingState, load_newest
 from training.config import override
-from training.data.manifest import COLUMNS
 from training.recipes import recipe
 from training.runs import load_result, train_autoencoder, train_denoiser
 from training.trainer import train
@@ -65,7 +62,7 @@ def _one_thread() -> Iterator[None]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Clips, and the same runs by one process (``*-one``) and by two (``*-ddp``, ``*-fsdp``)."""
     root = tmp_path_factory.mktemp("training")
-    table = write_clips(root / "clips")
+    table = worker.write_clips(root / "clips")
     train(worker.Toy(), worker.toy_config(), root / "toy-one", device=CPU, report=quiet)
     train_autoencoder(worker.autoencoder_config(), root / "autoencoder-one", table=table, device=CPU, report=quiet)
     train_denoiser(
@@ -81,27 +78,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr[-5000:]
     assert "Warning" not in done.stderr
     return root
-
-
-def write_clips(root: Path) -> Path:
-    """A table of four clips of smooth drifting noise, 32x32 pixels."""
-    root.mkdir()
-    rng = np.random.default_rng(0)
-    with (root / "clips.csv").open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(COLUMNS)
-        for index, (label, split) in enumerate([("regular", "train"), ("covid", "train"), ("viral", "train"),
-                                                ("regular", "test")]):  # fmt: skip
-            field = rng.uniform(0, 255, (32, 96))
-            for axis in (0, 1, 1):
-                field = (field + np.roll(field, 1, axis) + np.roll(field, 2, axis)) / 3
-            grey = np.stack([np.roll(field, step, axis=1)[:, :32] for step in range(40)]).astype(np.uint8)
-            write_mp4(root / f"{index}.mp4", np.repeat(grey[..., None], 3, axis=-1), fps=8.0, crf=8)
-            writer.writerow(
-                [f"{index}.mp4", "lung_ultrasound", label, "convex", split, f"patient{index}", 40, 8.0, "",
-                 "CC BY 4.0", "made for tests", "Author"]
-            )  # fmt: skip
-    return root / "clips.csv"
 
 
 def log_of(run: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 ``python training_worker.py FOLDER SCENARIO...``. Loaded by the test too, which runs the same tasks in one process.
 """
 
+import csv
 import json
 import os
 import signal
@@ -15,7 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from training.alignment import AlignmentFiles
+from medsora.video_io import write_mp4
 from training.config import TrainConfig, override
+from training.data.manifest import COLUMNS
 from training.distributed import Processes, Share, join
 from training.errors import NonFiniteError
 from training.flow import Raft
@@ -96,6 +99,27 @@ class Toy:
 
     def show(self, average: nn.Module) -> dict[str, np.ndarray]:
         return {}
+
+
+def write_clips(root: Path) -> Path:
+    """A table of four clips of smooth drifting noise, 32x32 pixels."""
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    with (root / "clips.csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(COLUMNS)
+        for index, (label, split) in enumerate([("regular", "train"), ("covid", "train"), ("viral", "train"),
+                                                ("regular", "test")]):  # fmt: skip
+            field = rng.uniform(0, 255, (32, 96))
+            for axis in (0, 1, 1):
+                field = (field + np.roll(field, 1, axis) + np.roll(field, 2, axis)) / 3
+            grey = np.stack([np.roll(field, step, axis=1)[:, :32] for step in range(40)]).astype(np.uint8)
+            write_mp4(root / f"{index}.mp4", np.repeat(grey[..., None], 3, axis=-1), fps=8.0, crf=8)
+            writer.writerow(
+                [f"{index}.mp4", "lung_ultrasound", label, "convex", split, f"patient{index}", 40, 8.0, "",
+                 "CC BY 4.0", "made for tests", "Author"]
+            )  # fmt: skip
+    return root / "clips.csv"
 
 
 def quiet(text: str) -> None:
