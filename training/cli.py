@@ -249,7 +249,9 @@ def export_command(
     report: Annotated[Path | None, typer.Option(help="report.json of an evaluation, for the manifest.")] = None,
     steps: Annotated[int, typer.Option(help="Default number of sampling steps.", min=1, max=250)] = 30,
     guidance: Annotated[float, typer.Option(help="Default guidance scale.", min=1.0, max=8.0)] = 1.5,
-    sampler: Annotated[str, typer.Option(help="Default sampler: euler or heun.")] = "euler",
+    sampler: Annotated[
+        str | None, typer.Option(help="Default sampler: euler or heun; of a network that predicts noise, ddim or ddpm.")
+    ] = None,
 ) -> None:
     """Write a checkpoint directory from two runs."""
     from training.export import Sampling, export_checkpoint
@@ -258,11 +260,8 @@ def export_command(
     try:
         if report is not None:
             metrics = json.loads(report.read_text(encoding="utf-8"))
-        if sampler not in ("euler", "heun"):
-            raise ValueError(f"--sampler must be euler or heun, got {sampler!r}")
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
-    samplers = (sampler, *(other for other in ("euler", "heun") if other != sampler))
     manifest = export_checkpoint(
         out,
         autoencoder_run=autoencoder,
@@ -270,7 +269,7 @@ def export_command(
         average=ema,
         name=name,
         metrics=metrics,
-        sampling=Sampling(num_inference_steps=(1, steps, 250), guidance_scale=(1.0, guidance, 8.0), samplers=samplers),
+        sampling=Sampling(num_inference_steps=(1, steps, 250), guidance_scale=(1.0, guidance, 8.0), sampler=sampler),
     )
     size = sum(record.size_bytes for record in manifest.files.values())
     typer.echo(f"{out}: {len(manifest.labels)} labels, {size / 2**20:.1f} MiB")

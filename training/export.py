@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from medsora.checkpoint import load_checkpoint, save_checkpoint
-from medsora.config import ModelConfig
+from medsora.config import SAMPLERS_OF, ModelConfig
 from medsora.manifest import FORMAT_VERSION, Label, Limits, Manifest, normalise_label
 from training.config import DataConfig
 from training.errors import TrainingError
@@ -43,7 +43,20 @@ class Sampling:
 
     num_inference_steps: tuple[int, int, int] = (1, 30, 250)
     guidance_scale: tuple[float, float, float] = (1.0, 1.5, 8.0)
-    samplers: tuple[str, ...] = ("euler", "heun")
+    sampler: str | None = None
+    """The default one; None is the first of those that can use what the network predicts. All of those are allowed."""
+
+    def samplers_for(self, prediction: str) -> tuple[str, ...]:
+        """The samplers that the manifest allows, the default one first.
+
+        Raises:
+            TrainingError: The sampler that was asked for cannot use this prediction.
+        """
+        able = SAMPLERS_OF[prediction]
+        chosen = able[0] if self.sampler is None else self.sampler
+        if chosen not in able:
+            raise TrainingError(f"a network that predicts {prediction} is sampled by {' or '.join(able)}, not {chosen}")
+        return (chosen, *(name for name in able if name != chosen))
 
 
 def describe_labels(conditions: list[dict[str, str]]) -> tuple[Label, ...]:
@@ -230,14 +243,20 @@ def _manifest(
             sizes=((data.width, data.height),),
             num_frames=(data.num_frames,),
             fps=data.target_fps,
-            num_inference_steps=sampling.num_inference_steps,
+            num_inference_steps=_steps_for(config.denoiser.prediction, sampling.num_inference_steps),
             guidance_scale=sampling.guidance_scale,
-            samplers=sampling.samplers,
+            samplers=sampling.samplers_for(config.denoiser.prediction),
         ),
         training_data=training_data_entries(clips),
         training=training,
         metrics=metrics,
     )
+
+
+def _steps_for(prediction: str, steps: tuple[int, int, int]) -> tuple[int, int, int]:
+    """A plan over the trained steps of noise prediction has two at least."""
+    least = 2 if prediction == "noise" else 1
+    return max(least, steps[0]), max(least, steps[1]), steps[2]
 
 
 def _run_summary(result: RunResult) -> dict[str, Any]:

@@ -230,15 +230,15 @@ def variance_bound(
 
     # float64: close to the data both means nearly agree, and their difference is what counts
     of_data = beta * before.sqrt() / (1.0 - now)
-    of_noisy = (1.0 - before) * (now / before).sqrt() / (1.0 - now)
     noisy, data = sample.noisy.double(), sample.data.double()
     estimate = (noisy - (1.0 - now).sqrt() * noise.double()) / now.sqrt()
     difference = (of_data * (data - estimate)).float()
     divergence = 0.5 * (
         log_variance - least - 1.0 + (least - log_variance).exp() + difference.square() * (-log_variance).exp()
     )
-    mean = (of_data * estimate + of_noisy * noisy).float()
-    nats = torch.where(step[:, None, None, None, None] > 0, divergence, _cell_nats(data.float() - mean, log_variance))
+    # the mean of step 0 is the estimate itself
+    of_cells = _cell_nats((data - estimate).float(), log_variance)
+    nats = torch.where(step[:, None, None, None, None] > 0, divergence, of_cells)
     return nats.mean() / math.log(2.0)
 
 

@@ -7,12 +7,16 @@ import torch
 from torch import Tensor
 
 from medsora.models.denoiser import Denoiser
+from medsora.pipeline import VideoPipeline
+from medsora.request import resolve_request
 from training.alignment import AlignmentFiles
 from training.config import TrainConfig, override
 from training.data.clips import ClipSet
 from training.data.latents import LatentSet
 from training.denoiser_task import DenoiserTask
 from training.distributed import Share
+from training.errors import TrainingError
+from training.export import Sampling, export_checkpoint
 from training.flow import Raft
 from training.recipes import recipe
 from training.runs import load_result, train_autoencoder, train_denoiser
@@ -124,17 +128,23 @@ def config(*assignments: str) -> TrainConfig:
     return override(recipe("denoiser_tiny"), ["loop.steps=6", "loop.log_every=2", *assignments])
 
 
-def test_a_whole_run_with_alignment_measures_once_and_goes_on(table: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def autoencoder_run(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "autoencoder"
+    settings = override(recipe("autoencoder_tiny"), ["loop.steps=2"])
+    train_autoencoder(settings, folder, table=table, device=CPU, report=lambda text: None)
+    return folder
+
+
+def test_a_whole_run_with_alignment_measures_once_and_goes_on(
+    autoencoder_run: Path, table: Path, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     raft = tmp_path / "raft.pth"
     torch.save({f"module.{name}": value for name, value in Raft().state_dict().items()}, raft)
     said: list[str] = []
-    train_autoencoder(
-        override(recipe("autoencoder_tiny"), ["loop.steps=2"]), tmp_path / "a", table=table, device=CPU,
-        report=said.append,
-    )  # fmt: skip
     options = {
-        "table": table, "autoencoder": tmp_path / "a", "device": CPU, "report": said.append,
+        "table": table, "autoencoder": autoencoder_run, "device": CPU, "report": said.append,
         "alignment_files": AlignmentFiles(raft=raft),
     }  # fmt: skip
     aligned = ("alignment.kind=raft", "alignment.block=0", "alignment.stop_step=5")
@@ -149,3 +159,21 @@ def test_a_whole_run_with_alignment_measures_once_and_goes_on(table: Path, tmp_p
     assert names == set(Denoiser(config().model.denoiser).state_dict())
     train_denoiser(config(), tmp_path / "plain", **options)  # type: ignore[arg-type]
     assert not (tmp_path / "plain" / "flow-features.safetensors").exists()
+
+
+def test_a_denoiser_of_noise_becomes_a_checkpoint_that_samples(
+    autoencoder_run: Path, table: Path, tmp_path: Path
+) -> None:
+    train_denoiser(
+        config(*NOISE), tmp_path / "run", table=table, autoencoder=autoencoder_run, device=CPU,
+        report=lambda text: None,
+    )  # fmt: skip
+    runs = {"autoencoder_run": autoencoder_run, "denoiser_run": tmp_path / "run", "name": "noise"}
+    with pytest.raises(TrainingError, match="predicts noise is sampled by ddim or ddpm, not euler"):
+        export_checkpoint(tmp_path / "c", **runs, sampling=Sampling(sampler="euler"))
+    made = export_checkpoint(tmp_path / "c", **runs, sampling=Sampling(num_inference_steps=(1, 3, 250), sampler="ddpm"))
+    assert made.limits.samplers == ("ddpm", "ddim")
+    assert made.limits.num_inference_steps == (2, 3, 250)
+    pipeline = VideoPipeline.from_checkpoint(tmp_path / "c", device="cpu")
+    (clip,) = pipeline([resolve_request(pipeline.manifest, label="regular-convex", seed=1)])
+    assert clip.shape == (16, 32, 32, 3)
