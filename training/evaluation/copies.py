@@ -14,7 +14,7 @@ from training.evaluation.bootstrap import Interval
 from training.evaluation.config import EvaluationConfig
 from training.evaluation.memorisation import Nearest, TrainingIndex, calibrate
 from training.evaluation.planted import planted_copies
-from training.evaluation.sets import ClipGroup, cut_windows, evenly, through_autoencoder
+from training.evaluation.sets import ClipGroup, cut_windows, evenly, spread, through_autoencoder
 
 __all__ = ["measure_copies"]
 
@@ -38,7 +38,7 @@ def measure_copies(
             own = (index.patient_of_window == number).nonzero()[:, 0]
             if len(own) == 0 or len(own) == len(train):
                 continue
-            some = own[torch.linspace(0, len(own) - 1, min(len(own), settings.windows_of_a_patient)).long()]
+            some = spread(own, settings.windows_of_a_patient)
             unseen[f"{name} (train)"] = index.nearest(cut_windows(train, some), without_patient=number).resemblance
     threshold = calibrate(unseen)
     originals = cut_windows(train, evenly(train, settings.planted))

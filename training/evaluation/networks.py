@@ -106,11 +106,11 @@ class EvaluationNetworks:
         frames = self.squeezenet.extract
         found = [
             DistanceMetric(
-                name="frechet_squeezenet", title="Frechet, SqueezeNet, single frames", extract=frames, ddof=1
+                name="frechet_squeezenet", title="Fr\u00e9chet, SqueezeNet, single frames", extract=frames, ddof=1
             ),
             DistanceMetric(
                 name="frechet_squeezenet_motion",
-                title="Frechet, SqueezeNet, change between frames",
+                title="Fr\u00e9chet, SqueezeNet, change between frames",
                 extract=lambda clips: frames(clips).diff(dim=1).abs(),
                 ddof=1,
             ),

@@ -33,18 +33,21 @@ th { font-weight: 600; } thead th { border-bottom-width: 2px; }
 th:first-child, td:first-child { text-align: left; padding-left: .5rem; }
 td.text { text-align: left; max-width: 30rem; overflow-wrap: anywhere; }
 tr.floor { background: var(--floor); } tr.floor th { color: var(--accent); }
+tr.group th { padding-top: 1rem; text-align: left; border-bottom-width: 2px; }
+tbody th { font-weight: 500; } tr.group th { font-weight: 600; }
+nav { margin: 1rem 0 0; font-size: .92rem; } nav a { color: var(--accent); margin-right: 1.1rem; }
 .ci { color: var(--dim); font-size: .86em; white-space: nowrap; display: block; }
 .pairs { display: grid; gap: 1rem; }
 .pair { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .8rem; }
 .pair > p { margin: 0 0 .5rem; max-width: none; }
-.sides { display: grid; gap: .5rem 1.2rem; grid-template-columns: 1fr 1fr; }
-figure { margin: 0; min-width: 0; } figcaption { margin: .25rem 0; overflow-wrap: anywhere; }
-.loop { width: 100%; max-width: 256px; image-rendering: auto; display: block; background: #000; }
-.strip { width: 100%; display: block; background: #000; }
+.pair > p { font-weight: 600; }
+.sides { display: flex; flex-wrap: wrap; gap: .5rem 1rem; margin-bottom: .6rem; }
+figure { margin: 0; width: 256px; } figcaption { margin: .25rem 0; overflow-wrap: anywhere; }
+.loop { width: 256px; height: auto; display: block; background: #000; }
+.strip { width: 100%; display: block; background: #000; margin-top: 2px; }
 .copy { color: var(--mark); font-weight: 600; }
 details { margin: .8rem 0; } summary { cursor: pointer; color: var(--accent); }
 code { font-size: .86em; overflow-wrap: anywhere; }
-@media (max-width: 44rem) { .sides { grid-template-columns: 1fr; } }
 """
 CLIP_FIGURES = {
     "motion": ("Motion", "mean change from frame to frame, grey levels"),
@@ -59,10 +62,10 @@ CLIP_FIGURES = {
 }
 SETS = {"samples": "Generated", "train": "Real, train", "test": "Real, test"}
 DISTANCE_ROWS = {
-    "samples_to_test": "generated to real test",
-    "train_to_test": "real train to real test: the floor",
-    "samples_to_train": "generated to real train",
-    "reconstruction_to_test": "test clips through the autoencoder to real test",
+    "samples_to_test": "Generated to real test",
+    "train_to_test": "Real train to real test: the floor",
+    "samples_to_train": "Generated to real train",
+    "reconstruction_to_test": "Test clips through the autoencoder to real test",
 }
 
 
@@ -96,6 +99,7 @@ def render_report(figures: Mapping[str, Any], pairs: Mapping[str, Sequence[Pair]
         f"<h1>Evaluation of {escape(checkpoint['name'])}</h1>",
         f"<p class=dim>{escape(about)}</p>",
         *[f"<p class=warn>{escape(text)}</p>" for text in figures["warnings"]],
+        _glance(figures),
         _distances(figures),
         _inception(figures),
         _clip_figures(figures),
@@ -110,6 +114,26 @@ def render_report(figures: Mapping[str, Any], pairs: Mapping[str, Sequence[Pair]
         f'<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
         f"<title>{escape(title)}</title><style>{STYLE}</style>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
     )
+
+
+def _glance(figures: Mapping[str, Any]) -> str:
+    """What a reader wants to know first, in four sentences."""
+    lines = []
+    for metric in figures["frechet"]["all_labels"]["metrics"].values():
+        over = metric["pairs"]["samples_to_test"].get("over_floor")
+        if over is not None:
+            lines.append(f"{metric['title']}: {over['value']:.2f} times the floor.")
+    sets = figures["clips"]["all_labels"]
+    lines += [
+        f"{CLIP_FIGURES[name][0]}: {_number(sets['samples'][name]['value'])} in generated clips, "
+        f"{_number(sets['train'][name]['value'])} in real training clips, "
+        f"{_number(sets['test'][name]['value'])} in real test clips ({CLIP_FIGURES[name][1]})."
+        for name in ("motion", "fine_detail")
+        if name in sets["samples"]
+    ]
+    copies = figures["memorisation"]["samples"]
+    lines.append(f"Copies of training clips: {copies['copies']['count']} of {copies['count']} generated clips.")
+    return "<h2>At a glance</h2><ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
 
 
 def _counted(split: Mapping[str, Any]) -> str:
@@ -167,6 +191,7 @@ def _distances(figures: Mapping[str, Any]) -> str:
     for scope in figures["frechet"].values():
         rows = []
         for metric in scope["metrics"].values():
+            rows.append(f"<tr class=group><th colspan=4 scope=colgroup>{escape(metric['title'])}</th></tr>")
             for key, text in DISTANCE_ROWS.items():
                 if key not in metric["pairs"]:
                     continue
@@ -175,7 +200,7 @@ def _distances(figures: Mapping[str, Any]) -> str:
                 seeds = "&ndash;" if only is None else f"{_number(only[0])} to {_number(only[1])}"
                 over = entry.get("over_floor")
                 cells = [_cell(entry), f"<td>{seeds}</td>", _cell(over)]
-                rows.append(_row(f"{metric['title']}: {text}", cells, is_floor=key == "train_to_test"))
+                rows.append(_row(text, cells, is_floor=key == "train_to_test"))
         caption = (
             f"{scope['title']}: {scope['samples']} generated clips, {scope['train_windows']} train windows, "
             f"{scope['test_windows']} test windows. Resampled: generated clips one by one; train by "
@@ -305,11 +330,11 @@ def _reconstruction(figures: Mapping[str, Any]) -> str:
 
 def _pairs(heading: str, pairs: Sequence[Pair]) -> str:
     def figure(pictures: tuple[str, str, str], caption: str) -> str:
-        loop, still, frames = pictures
+        loop, still, _ = pictures
         return (
             f'<figure><picture><source media="(prefers-reduced-motion: reduce)" srcset="{still}">'
             f'<img class=loop src="{loop}" alt="{escape(caption)}"></picture>'
-            f'<figcaption>{escape(caption)}</figcaption><img class=strip src="{frames}" alt="its frames"></figure>'
+            f"<figcaption>{escape(caption)}</figcaption></figure>"
         )
 
     cards = []
@@ -317,9 +342,12 @@ def _pairs(heading: str, pairs: Sequence[Pair]) -> str:
         verdict = " <span class=copy>counts as a copy</span>" if pair.is_copy else ""
         cards.append(
             f"<article class=pair><p>{escape(pair.title)}{verdict}</p><div class=sides>"
-            f"{figure(pair.sample, pair.sample_caption)}{figure(pair.training, pair.training_caption)}</div></article>"
+            f"{figure(pair.sample, pair.sample_caption)}{figure(pair.training, pair.training_caption)}</div>"
+            f'<img class=strip src="{pair.sample[2]}" alt="Frames of the generated clip">'
+            f'<img class=strip src="{pair.training[2]}" alt="Frames of the training clip"></article>'
         )
-    return f"<h2>{escape(heading)}</h2><div class=pairs>{''.join(cards)}</div>"
+    note = "Frames from first to last: above the generated clip, below the training clip."
+    return f"<h2>{escape(heading)}</h2><p class=dim>{note}</p><div class=pairs>{''.join(cards)}</div>"
 
 
 def _protocol(figures: Mapping[str, Any]) -> str:

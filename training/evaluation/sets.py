@@ -18,8 +18,8 @@ from training.evaluation.bootstrap import Units, draw_weights, generated_units, 
 from training.evaluation.config import EvaluationConfig
 
 __all__ = [
-    "ClipGroup", "allocate_labels", "collect_sets", "cut_windows", "evenly", "subset_units", "through_autoencoder",
-    "windows_of",
+    "ClipGroup", "allocate_labels", "collect_sets", "cut_windows", "evenly", "spread", "subset_units",
+    "through_autoencoder", "windows_of",
 ]  # fmt: skip
 
 Report = Callable[[str], None]
@@ -66,7 +66,13 @@ def allocate_labels(counts: Sequence[int], total: int) -> list[int]:
 def collect_sets(
     pipeline: VideoPipeline, splits: dict[str, ClipSet], settings: EvaluationConfig, report: Report
 ) -> tuple[dict[str, ClipGroup], list[GenerationRequest]]:
-    """Samples, as many training windows (evenly spread: a distance depends on the number), and all test windows."""
+    """Samples; as many training windows of each label, evenly spread; and all test windows.
+
+    As many, for a distance depends on the number; of each label, so that only the pictures differ, not the mix.
+
+    Raises:
+        TrainingError: No training window has a label of the checkpoint, or the windows are of another shape.
+    """
     labels = list(pipeline.manifest.labels)
     conditions = [pipeline.config.condition_indices(label.condition) for label in labels]
     of_window = {name: _label_numbers(clips.conditions, conditions) for name, clips in splits.items()}
@@ -75,7 +81,8 @@ def collect_sets(
         raise TrainingError(
             f"no training clip has a label of {pipeline.manifest.name}: {', '.join(label.name for label in labels)}"
         )
-    asked = [index for index, count in enumerate(allocate_labels(counts, settings.num_samples)) for _ in range(count)]
+    given = allocate_labels(counts, settings.num_samples)
+    asked = [index for index, count in enumerate(given) for _ in range(count)]
     requests = [
         resolve_request(
             pipeline.manifest,
@@ -100,8 +107,10 @@ def collect_sets(
             units=generated_units(len(asked)),
         )
     }
+    of_label = [(of_window["train"] == index).nonzero()[:, 0] for index in range(len(labels))]
+    chosen = [spread(rows, count) for rows, count in zip(of_label, given, strict=True)]
     for name, clips in splits.items():
-        windows = evenly(clips, settings.num_samples if name == "train" else len(clips))
+        windows = torch.cat(chosen).to(device) if name == "train" else evenly(clips, len(clips))
         sets[name] = ClipGroup(
             clips=cut_windows(clips, windows),
             labels=of_window[name][windows.cpu()],
@@ -123,10 +132,15 @@ def _label_numbers(conditions: Tensor, of_labels: Sequence[tuple[int, ...]]) -> 
     return numbers
 
 
+def spread(rows: Tensor, count: int) -> Tensor:
+    """``count`` of the rows, evenly spread (all of them when there are no more)."""
+    count = min(count, len(rows))
+    return rows[torch.linspace(0, max(0, len(rows) - 1), count, device=rows.device).round().long()]
+
+
 def evenly(clips: ClipSet, count: int) -> Tensor:
     """``count`` window indices spread evenly over all windows (all of them when there are no more)."""
-    count = min(count, len(clips))
-    return torch.linspace(0, len(clips) - 1, count, device=clips.frames.device).round().long()
+    return spread(torch.arange(len(clips), device=clips.frames.device), count)
 
 
 def windows_of(clips: ClipSet, windows: Tensor) -> ClipSet:

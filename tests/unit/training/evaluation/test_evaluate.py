@@ -160,7 +160,7 @@ def test_the_command_line_measures_a_checkpoint(tiny_checkpoint: Path, table: Pa
     ]  # fmt: skip
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert "Frechet, SqueezeNet, single frames:" in result.output
+    assert "Fr\u00e9chet, SqueezeNet, single frames:" in result.output
     assert "copies of training clips: 0 of 3" in result.output
     figures = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert figures["samples"]["first_seed"] == 3

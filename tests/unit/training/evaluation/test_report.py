@@ -134,6 +134,8 @@ def test_texts_of_the_data_are_no_markup() -> None:
 def test_what_was_not_measured_is_named_and_intervals_are_shown() -> None:
     text = render_report({key: value for key, value in FIGURES.items() if key != "inception_score"}, {})
     assert "FVD: not measured, no network given with --i3d." in text
+    assert "<li>FVD: 2.50 times the floor.</li>" in text
+    assert "Copies of training clips: 1 of 4 generated clips." in text
     assert "Inception score" not in text
     assert "1,000 to 1,500" in text
     assert "1,100 to 1,300" in text
