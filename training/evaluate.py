@@ -30,6 +30,7 @@ from training.evaluation.report import render_report
 from training.evaluation.sets import Report, collect_sets, evenly, windows_of
 from training.evaluation.showcase import attributions, choose_shown, make_pairs, write_sheets
 from training.evaluation.tables import clip_figures, frechet_distances, inception_scores
+from training.prepare.cache import INDEX, is_cache
 from training.runs import load_split
 
 __all__ = ["EvaluationConfig", "evaluate_checkpoint", "summary"]
@@ -75,7 +76,8 @@ def evaluate_checkpoint(
         "format_version": FORMAT_VERSION,
         "checkpoint": {"name": pipeline.manifest.name, "sha256": file_hashes(folder)},
         "data": {
-            "sha256": file_hashes(table),
+            # a cache's index has the hash of every shard
+            "sha256": file_hashes(table / INDEX if is_cache(table) else table),
             "dataset": data.dataset,
             "splits": {name: _describe_split(clips) for name, clips in splits.items()},
         },

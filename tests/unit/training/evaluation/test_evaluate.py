@@ -16,6 +16,9 @@ from training.cli import app
 from training.errors import TrainingError
 from training.evaluate import EvaluationConfig, evaluate_checkpoint, summary
 from training.evaluation.networks import EvaluationNetworks, load_networks, squeezenet_frames
+from training.prepare.cache import INDEX
+from training.prepare.config import PrepareConfig
+from training.prepare.pipeline import prepare
 from training.recipes import recipe
 from training.squeezenet import SqueezeNet
 
@@ -127,6 +130,16 @@ def test_all_networks_give_all_figures(
     for name in ("warping_error", "frame_consistency_clip"):
         assert set(figures["clips"]["all_labels"]["test"][name]) == {"value", "interval"}
     assert figures["networks"]["I3D"]["sha256"] == hashlib.sha256(network_files["i3d"].read_bytes()).hexdigest()
+
+
+def test_a_prepared_cache_gives_the_same_kind_of_report(
+    tiny_checkpoint: Path, table: Path, tmp_path: Path, squeezenet: EvaluationNetworks
+) -> None:
+    prepare(table, tmp_path / "cache", PrepareConfig(height=32, width=32, excluded_labels=("uncertain",)))
+    figures = run(tiny_checkpoint, tmp_path / "cache", tmp_path / "out", squeezenet, num_samples=3, resamples=0)
+    assert figures["data"]["splits"]["test"]["clips"] == 1
+    digest = hashlib.sha256((tmp_path / "cache" / INDEX).read_bytes()).hexdigest()
+    assert figures["data"]["sha256"] == {INDEX: digest}  # which has the hash of every shard
 
 
 def test_without_resamples_there_are_no_intervals(
