@@ -39,7 +39,10 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, runs: Float[Tensor, "b 3 f h w"]) -> Float[Tensor, "b 1 hh ww"]:
         """Scores of patches: high for real ones."""
-        scores: Tensor = self.layers(rearrange(runs, "b c f h w -> b (f c) h w"))
+        stacked = rearrange(runs.float(), "b c f h w -> b (f c) h w")
+        # the spectral norm is found by products of matrix and vector, which 8 bits of mantissa would spoil
+        with torch.autocast(runs.device.type, enabled=False):
+            scores: Tensor = self.layers(stacked)
         return scores
 
 

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from training.alignment import AlignmentFiles
 from medsora.video_io import write_mp4
+from training.alignment import AlignmentFiles
 from training.config import TrainConfig, override
 from training.data.manifest import COLUMNS
 from training.distributed import Processes, Share, join

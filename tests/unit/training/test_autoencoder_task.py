@@ -170,12 +170,20 @@ def test_fixed_weights_pass_the_gradient_on_and_take_none() -> None:
     assert all(value.grad is None for value in discriminator.parameters())
 
 
+def test_scores_are_computed_in_float32_whatever_the_loop_does() -> None:
+    discriminator, runs = PatchDiscriminator(num_frames=2, channels=4).eval(), torch.rand(1, 3, 2, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = discriminator(runs)
+    assert torch.equal(scores, discriminator(runs))
+
+
 def test_runs_are_consecutive_frames() -> None:
     video = torch.arange(2 * 10.0).reshape(2, 1, 10, 1, 1)
     runs = cut_runs(video, torch.tensor([0, 6]), 4)
     assert runs.flatten(1).tolist() == [[0, 1, 2, 3], [16, 17, 18, 19]]
 
 
+@pytest.mark.slow
 def test_a_run_with_a_discriminator_resumes_to_the_bit(tmp_path: Path) -> None:
     def run(folder: str, steps: int, *, is_resuming: bool = False) -> dict[str, Tensor]:
         chosen = task(*ADVERSARIAL, f"loop.steps={steps}", "loop.checkpoint_every=1000", "optimizer.schedule=constant")

@@ -136,6 +136,7 @@ def autoencoder_run(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
+@pytest.mark.slow
 def test_a_whole_run_with_alignment_measures_once_and_goes_on(
     autoencoder_run: Path, table: Path, tmp_path: Path
 ) -> None:
