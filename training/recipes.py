@@ -59,7 +59,7 @@ def autoencoder_small() -> TrainConfig:
         loop=LoopConfig(
             steps=3200,
             batch_size=32,
-            ema_half_lives=(350, 120),
+            ema_half_lives=(250, 80),
             compile=True,
             evaluate_every=1500,
             checkpoint_every=3000,
@@ -81,7 +81,7 @@ def denoiser_small() -> TrainConfig:
         loop=LoopConfig(
             steps=5000,
             batch_size=256,
-            ema_half_lives=(460, 150, 1400),
+            ema_half_lives=(400, 130, 1300),
             compile=True,
             evaluate_every=2000,
             checkpoint_every=5000,
