@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import random
 import signal
 from pathlib import Path
 from typing import Any, ClassVar
@@ -142,6 +143,21 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(tmp_path: Path) -> No
     assert signal.getsignal(signal.SIGTERM) is before
     train(Regression(), config(), tmp_path / "cut", device=CPU, is_resuming=True, report=quiet)
     assert_same_state(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_run_stopped_again_and_again_ends_with_the_same_bits(tmp_path: Path) -> None:
+    train(Regression(), config(), tmp_path / "whole", device=CPU, report=quiet)
+    rng, legs = random.Random(), 0
+    result = None
+    while result is None or not result.is_finished:
+        steps = rng.randint(0, 5)  # of this leg, less one
+        result = train(
+            Regression(interrupt_at=steps), config(), tmp_path / "cut", device=CPU, is_resuming=legs > 0, report=quiet
+        )
+        legs += 1
+    assert legs >= 10
+    assert_same_state(tmp_path / "whole", tmp_path / "cut")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
 def test_the_time_budget_stops_and_saves(tmp_path: Path) -> None:
