@@ -33,7 +33,8 @@ class Averages:
         self._sources: dict[str, nn.Parameter] = dict(model.named_parameters())
         self._half_lives = {average_name(half_life): half_life for half_life in half_lives}
         self._parts = {
-            name: [local_part(source.detach()).clone() for source in self._sources.values()] for name in self._half_lives
+            name: [local_part(source.detach()).clone() for source in self._sources.values()]
+            for name in self._half_lives
         }
 
     @property
