@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from medsora.checkpoint import LoadedCheckpoint
 from medsora.config import SAMPLERS_OF, AutoencoderConfig, DenoiserConfig, ModelConfig
-from medsora.errors import BackendError, RequestError
+from medsora.errors import RequestError
 from medsora.geometry import SPATIAL_STRIDE, is_valid_video_shape, latent_shape
 from medsora.manifest import FORMAT_VERSION, Label, Limits, Manifest
 from medsora.models.autoencoder import VideoAutoencoder
@@ -97,14 +97,14 @@ def preset_pipeline(
     """A pipeline of a preset with random weights: as fast as a trained one, but its clips are noise.
 
     Raises:
-        RequestError: No such preset, device or dtype.
-        BackendError: No such back end here.
+        RequestError: No such preset or dtype.
+        BackendError: No such device or back end here.
     """
     if name not in DENOISERS:
         raise RequestError("preset", f"there is none called {name!r}", tuple(DENOISERS))
     if dtype != "auto" and dtype not in DTYPES:
         raise RequestError("dtype", f"{dtype!r} is none of them", ("auto", *DTYPES))
-    place = _device(device)
+    place = device_named(device)
     resolve_backend(backend, operator="mixer", length=1)
     config = preset(name, {"finding": ("first", "second")})
     with torch.random.fork_rng(devices=[]):
@@ -142,16 +142,6 @@ def preset_pipeline(
         compiled=compiled,
         batch_sizes=batch_sizes,
     )
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = device_named(name)
-    except BackendError as error:
-        raise RequestError("device", str(error), ("auto", "cpu", "cuda", "cuda:1", "...")) from error
-    if device.type not in ("cpu", "cuda"):
-        raise RequestError("device", f"{name!r} cannot be measured", ("auto", "cpu", "cuda", "cuda:1", "..."))
-    return device
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, *, size: int | None = None, repeats: int = 11) -> float:
@@ -238,6 +228,8 @@ def measure(
         RequestError: A value that cannot be measured; names the field.
     """
     config, limits = pipeline.config, pipeline.manifest.limits
+    if pipeline.device.type not in ("cpu", "cuda"):
+        raise RequestError("device", f"{str(pipeline.device)!r} has no clock here", ("cpu", "cuda"))
     request = GenerationRequest(
         label=pipeline.manifest.labels[0].name,
         seed=0,
@@ -333,7 +325,7 @@ def _timed(
     whole_s = median_seconds(
         lambda: pipeline(requests),
         device,
-        repeats=max(1, min(repeats, int(5 / (requests[0].num_inference_steps * step_s)))),
+        repeats=max(1, min(repeats, int(MAX_WHOLE_S / (requests[0].num_inference_steps * step_s)))),
     )
     if device.type == "cuda":
         peak_bytes = torch.cuda.max_memory_allocated(device)

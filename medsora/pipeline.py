@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -246,7 +247,7 @@ class VideoPipeline:
 
         Where the pipeline is compiled both are buffers: copy them, or be done with them before the next call.
         """
-        with torch.inference_mode(not self.is_compiled), torch.no_grad():
+        with self._on_device(), torch.inference_mode(not self.is_compiled), torch.no_grad():
             frames, is_finite = self._decode(latents)
         return frames, is_finite
 
@@ -268,8 +269,12 @@ class VideoPipeline:
 
         Where the pipeline is compiled this is a buffer, as in :meth:`decode`, and a new number of requests compiles.
         """
-        with torch.inference_mode(not self.is_compiled), torch.no_grad():
+        with self._on_device(), torch.inference_mode(not self.is_compiled), torch.no_grad():
             return self._sample(requests, on_step)
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Makes the pipeline's GPU the current one, which is where streams, graphs and kernels of our own go."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     @property
     def is_compiled(self) -> bool:

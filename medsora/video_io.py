@@ -115,8 +115,9 @@ def write_mp4(
         raise VideoError(f"{path}: crf must be 1 to 51, got {crf}")
     tags = _check_metadata(path, metadata)
     flags = "faststart" if set(tags) <= _MP4_KEYS else "faststart+use_metadata_tags"
-    # bitexact leaves out library versions: the bytes depend on the input alone. One thread for the same
-    # reason: x264 decides a little differently with every number of threads.
+    # The bytes are to depend on the input alone. So bitexact, which leaves out library versions; one thread, since x264
+    # decides a little differently with every number of them; and no B-frames, for which small pictures are now and
+    # then planned by memory that x264 has not written (docs/experiments.md).
     container_options = {"movflags": flags, "fflags": "bitexact"}
     with (
         _file_errors(path, "written"),
@@ -124,7 +125,7 @@ def write_mp4(
     ):
         output.metadata.update(tags)
         stream = output.add_stream(
-            "libx264", rate=_rate(path, fps), options={"crf": str(crf), "preset": preset, "threads": "1"}
+            "libx264", rate=_rate(path, fps), options={"crf": str(crf), "preset": preset, "threads": "1", "bf": "0"}
         )
         context = stream.codec_context
         context.width, context.height, context.pix_fmt = width, height, "yuv420p"

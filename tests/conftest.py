@@ -6,9 +6,13 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
+from medsora.threads import let_idle_threads_sleep
+
+let_idle_threads_sleep()  # read when torch is imported: tests share few cores with the processes that they start
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ Values are computed in float64 before sampling; the steps only multiply and add.
 
 import math
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 from jaxtyping import Float
@@ -36,6 +37,9 @@ def alpha_bars() -> list[float]:
 def spaced_times(num_steps: int) -> list[int]:
     """``num_steps`` of the trained times, evenly spaced from 0 to 999, rising.
 
+    The stride is added up, as in the released code: where that comes to a half, it is the last bits of the sum that
+    decide, and only so are the times the same for every number of steps.
+
     Raises:
         ValueError: ``num_steps`` is not 2 to 1000.
 
@@ -44,7 +48,9 @@ def spaced_times(num_steps: int) -> list[int]:
     """
     if not 2 <= num_steps <= NUM_TRAINED_TIMES:
         raise ValueError(f"num_steps must be 2 to {NUM_TRAINED_TIMES}, got {num_steps}")
-    return [round(i * (NUM_TRAINED_TIMES - 1) / (num_steps - 1)) for i in range(num_steps)]
+    stride = (NUM_TRAINED_TIMES - 1) / (num_steps - 1)
+    places = accumulate([stride] * (num_steps - 1), initial=0.0)
+    return [round(place) for place in places]
 
 
 def _transitions(num_steps: int) -> list[tuple[float, float, float]]:

@@ -30,9 +30,10 @@ def guided(
     """
     if isinstance(guidance_scale, float | int) and guidance_scale == 1:
         return lambda x, t: predict(x, t, condition)
-    both_conditions = torch.cat([condition, null_condition.expand_as(condition)])
 
     def prediction(x: Tensor, t: Any) -> Tensor:
+        # put together at each step: a recorded one reads the condition that its buffer holds by then
+        both_conditions = torch.cat([condition, null_condition.expand_as(condition)])
         conditional, unconditional = predict(torch.cat([x, x]), t, both_conditions).chunk(2)
         leaning: Tensor = unconditional + guidance_scale * (conditional - unconditional)
         return leaning

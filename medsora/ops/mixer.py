@@ -100,7 +100,7 @@ def mix_torch(
     in_order = rearrange(projected[:, walks.visits.flatten()], "b (k s l) p -> (k b s) l p", k=k, s=s, l=l)
     scanned = rearrange(_scan(in_order, weights, backend), "(k b s) l i -> k b (s l) i", k=k, s=s)
     in_place = [scanned[walk][:, walks.returns[walk]] for walk in range(k)]
-    return in_place[0] if k == 1 else in_place[0] + in_place[1]
+    return sum(in_place[1:], in_place[0])
 
 
 def mix_fused(projected: Float[Tensor, "b n p"], walks: Walks, weights: MixerWeights) -> Float[Tensor, "b n i"]:

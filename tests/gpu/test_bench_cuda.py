@@ -3,14 +3,20 @@
 import pytest
 import torch
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # torch's compiler warns of what it imports; were that an error, nothing would compile
+    pytest.mark.filterwarnings(r"ignore:::torch\."),
+    pytest.mark.usefixtures("no_shape_checks"),
+]
 
 
 def test_figures_of_small_are_those_of_a_gpu() -> None:
     pytest.importorskip("av", reason="the pipeline needs PyAV")
     from medsora.bench import matrix_rate, measure, preset_pipeline
 
-    pipeline = preset_pipeline("small")
+    pipeline = preset_pipeline("small", batch_sizes=(1, 64))
+    assert pipeline.is_compiled
     assert (pipeline.device.type, pipeline.dtype) == ("cuda", torch.bfloat16)
     rate = matrix_rate(pipeline.device, pipeline.dtype)
     assert 1e12 < rate < 1e16
