@@ -35,7 +35,7 @@ td.text { text-align: left; max-width: 30rem; overflow-wrap: anywhere; }
 tr.floor { background: var(--floor); } tr.floor th { color: var(--accent); }
 tr.group th { padding-top: 1rem; text-align: left; border-bottom-width: 2px; }
 tbody th { font-weight: 500; } tr.group th { font-weight: 600; }
-nav { margin: 1rem 0 0; font-size: .92rem; } nav a { color: var(--accent); margin-right: 1.1rem; }
+ul { padding-left: 1.3rem; max-width: 60rem; }
 .ci { color: var(--dim); font-size: .86em; white-space: nowrap; display: block; }
 .pairs { display: grid; gap: 1rem; }
 .pair { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .8rem; }
@@ -117,12 +117,14 @@ def render_report(figures: Mapping[str, Any], pairs: Mapping[str, Sequence[Pair]
 
 
 def _glance(figures: Mapping[str, Any]) -> str:
-    """What a reader wants to know first, in four sentences."""
+    """What a reader wants to know first."""
     lines = []
     for metric in figures["frechet"]["all_labels"]["metrics"].values():
         over = metric["pairs"]["samples_to_test"].get("over_floor")
         if over is not None:
-            lines.append(f"{metric['title']}: {over['value']:.2f} times the floor.")
+            low, high = over.get("interval", (None, None))
+            around = "" if low is None else f" ({low:.2f} to {high:.2f})"
+            lines.append(f"{metric['title']}: {over['value']:.2f} times the floor{around}.")
     sets = figures["clips"]["all_labels"]
     lines += [
         f"{CLIP_FIGURES[name][0]}: {_number(sets['samples'][name]['value'])} in generated clips, "
@@ -132,7 +134,11 @@ def _glance(figures: Mapping[str, Any]) -> str:
         if name in sets["samples"]
     ]
     copies = figures["memorisation"]["samples"]
-    lines.append(f"Copies of training clips: {copies['copies']['count']} of {copies['count']} generated clips.")
+    low, high = copies["copies"]["interval"]
+    lines.append(
+        f"Copies of training clips: {copies['copies']['count']} of {copies['count']} generated clips "
+        f"({_share(low)} to {_share(high)})."
+    )
     return "<h2>At a glance</h2><ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
 
 
@@ -186,7 +192,7 @@ def _distances(figures: Mapping[str, Any]) -> str:
     absent = figures["absent"]
     parts.append(
         "<p>Lower is nearer. The floor is what real training clips have to real test clips: no sampler that learns the "
-        "training clips can be asked to come below it.</p>"
+        "training clips can be asked to come below it, and one that does has few clips, copies, or luck.</p>"
     )
     for scope in figures["frechet"].values():
         rows = []

@@ -29,7 +29,7 @@ def load_torchscript(path: Path, *, device: torch.device | str = "cpu") -> torch
             warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
             module: torch.jit.ScriptModule = torch.jit.load(path, map_location=device)  # type: ignore[no-untyped-call]
     except Exception as error:  # torch raises several unrelated types for a damaged file
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].partition(". ")[0]  # then advice for users of torch.load
         raise TrainingError(f"{path} is no TorchScript archive that this torch can read: {reason}") from error
     module.eval()
     return module

@@ -43,7 +43,8 @@ FIGURES: dict[str, Any] = {
                     "title": "FVD",
                     "pairs": {
                         "samples_to_test": {
-                            **ENTRY, "interval_samples": [1100.0, 1300.0], "over_floor": {"value": 2.5}
+                            **ENTRY, "interval_samples": [1100.0, 1300.0],
+                            "over_floor": {"value": 2.5, "interval": [2.0, 3.1]},
                         },
                         "train_to_test": ENTRY, "samples_to_train": ENTRY, "reconstruction_to_test": {"value": 3.0},
                     },
@@ -134,8 +135,8 @@ def test_texts_of_the_data_are_no_markup() -> None:
 def test_what_was_not_measured_is_named_and_intervals_are_shown() -> None:
     text = render_report({key: value for key, value in FIGURES.items() if key != "inception_score"}, {})
     assert "FVD: not measured, no network given with --i3d." in text
-    assert "<li>FVD: 2.50 times the floor.</li>" in text
-    assert "Copies of training clips: 1 of 4 generated clips." in text
+    assert "<li>FVD: 2.50 times the floor (2.00 to 3.10).</li>" in text
+    assert "Copies of training clips: 1 of 4 generated clips (1.0 % to 80.0 %)." in text
     assert "Inception score" not in text
     assert "1,000 to 1,500" in text
     assert "1,100 to 1,300" in text
