@@ -5,6 +5,7 @@ time, and nothing that one leaves in the pool is read after another has run. Who
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,18 +23,27 @@ WARM_UP_RUNS = 2
 PredictFn = Callable[[Tensor, Any, Tensor], Tensor]
 
 
+@cache
+def _side_stream(device: int) -> Any:
+    """The one stream of a GPU that is recorded on: memory of a pool is used again on the same stream alone.
+
+    Torch has one of its own, but for all GPUs: it is on the one that was recorded on first.
+    """
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 class GraphedFunction:
     """``function()`` on buffers that stay where they are, recorded; :meth:`replay` runs it again."""
 
     def __init__(self, function: Callable[[], Any], *, pool: Any) -> None:
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side = _side_stream(torch.cuda.current_device())
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP_RUNS):
                 function()
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        with torch.cuda.graph(self._graph, pool=pool, stream=side):
             self.output = function()  # overwritten by every replay, of this graph or of another in its pool
 
     def replay(self) -> Any:
@@ -66,7 +76,7 @@ class _Buffers:
     def __init__(self, noise: Tensor, condition: Tensor) -> None:
         self.x, self.fresh_noise = torch.empty_like(noise), torch.zeros_like(noise)
         self.condition = torch.empty_like(condition)
-        self.guidance_scale = torch.ones((), device=noise.device)
+        self.guidance_scale = torch.ones((), dtype=noise.dtype, device=noise.device)
 
 
 class GraphedSampler:
@@ -106,7 +116,8 @@ class GraphedSampler:
         buffers = self._buffers[key]
         graphs = [self._graph(step, key) for step in steps]
         width = max(len(step.values) for step in steps)
-        rows = torch.tensor([(*step.values, *[0.0] * (width - len(step.values))) for step in steps])
+        padded = [(*step.values, *[0.0] * (width - len(step.values))) for step in steps]
+        rows = torch.tensor(padded, dtype=noise.dtype)
         plan = rows.pin_memory().to(noise.device, non_blocking=True)
         buffers.x.copy_(noise)
         buffers.condition.copy_(condition)
@@ -135,7 +146,7 @@ class GraphedSampler:
         graph_key = (step.function, *key)
         if graph_key not in self._graphs:
             buffers, is_guided = self._buffers[key], key[-1]
-            values = torch.tensor(step.values, device=buffers.x.device)
+            values = torch.tensor(step.values, dtype=buffers.x.dtype, device=buffers.x.device)
             scale = buffers.guidance_scale if is_guided else 1.0
             predict = guided(self._predict, buffers.condition, self._null_condition, scale)
             fresh = {"noise": buffers.fresh_noise} if step.draws_noise else {}

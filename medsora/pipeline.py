@@ -4,9 +4,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,11 @@ def device_named(name: str) -> torch.device:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         if device.type not in ("cpu", "cuda", "mps"):
             raise BackendError(f"device must be auto, cpu, cuda or mps; got {name!r}")
-        torch.zeros(1, device=device)
+        # with the number that tensors on it show: what is made once a device is looked up by theirs
+        return torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError) as error:
         first_line = str(error).splitlines()[0]
         raise BackendError(f"device {name!r} is not available here: {first_line}") from error
-    return device
 
 
 class VideoPipeline:
@@ -212,7 +212,6 @@ class VideoPipeline:
         return seconds
 
     def _compile(self) -> None:
-        torch._dynamo.config.recompile_limit = max(MAX_SHAPES, torch._dynamo.config.recompile_limit)
         pool = torch.cuda.graph_pool_handle()
         self.denoiser.compile_parts()
         pixels = torch.compile(self._decode_pixels, dynamic=False)
@@ -247,7 +246,7 @@ class VideoPipeline:
 
         Where the pipeline is compiled both are buffers: copy them, or be done with them before the next call.
         """
-        with self._on_device(), torch.inference_mode(not self.is_compiled), torch.no_grad():
+        with self._running():
             frames, is_finite = self._decode(latents)
         return frames, is_finite
 
@@ -269,12 +268,18 @@ class VideoPipeline:
 
         Where the pipeline is compiled this is a buffer, as in :meth:`decode`, and a new number of requests compiles.
         """
-        with self._on_device(), torch.inference_mode(not self.is_compiled), torch.no_grad():
+        with self._running():
             return self._sample(requests, on_step)
 
-    def _on_device(self) -> AbstractContextManager[object]:
-        """Makes the pipeline's GPU the current one, which is where streams, graphs and kernels of our own go."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """What the networks run under. All of it is a thread's own, so each call sets it."""
+        if self.is_compiled and torch._dynamo.config.recompile_limit < MAX_SHAPES:
+            torch._dynamo.config.recompile_limit = MAX_SHAPES
+        # the pipeline's GPU is the current one: that is where streams, graphs and kernels of our own go
+        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with on_device, torch.inference_mode(not self.is_compiled), torch.no_grad():
+            yield
 
     @property
     def is_compiled(self) -> bool:

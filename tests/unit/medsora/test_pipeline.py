@@ -2,7 +2,10 @@
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from medsora.diffusion.path import velocity_target
 from medsora.diffusion.samplers import SAMPLERS, Sampler, Step
 from medsora.errors import BackendError, CheckpointError, GenerationCanceled, VideoError
 from medsora.manifest import Label
+from medsora.models.blocks import LocalAttention, SpatialMamba, TemporalMamba
 from medsora.models.denoiser import Denoiser
 from medsora.pipeline import VideoPipeline, initial_noise
 from medsora.request import GenerationRequest, resolve_request
@@ -394,10 +398,10 @@ def compiled(
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
 
     def make(
-        prediction: str = "velocity", batch_sizes: tuple[int, ...] = (2, 4)
+        prediction: str = "velocity", batch_sizes: tuple[int, ...] = (2, 4), **options: str
     ) -> tuple[VideoPipeline, VideoPipeline]:
         source = noise_checkpoint if prediction == "noise" else checkpoint
-        by_graphs, plain = (VideoPipeline.from_checkpoint(source, batch_sizes=batch_sizes) for _ in range(2))
+        by_graphs, plain = (VideoPipeline.from_checkpoint(source, batch_sizes=batch_sizes, **options) for _ in range(2))
         by_graphs._compile()
         assert (by_graphs.is_compiled, plain.is_compiled) == (True, False)
         return by_graphs, plain
@@ -487,3 +491,66 @@ def test_where_nothing_is_compiled_warming_up_is_one_clip(pipeline: VideoPipelin
     seconds = pipeline.warm_up([ask(pipeline, 1, num_inference_steps=1000)])
     assert list(seconds) == [1]
     assert 0 < seconds[1] < 30
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_graphs_in_float64_have_its_digits(compiled: Compiled, sampler: str) -> None:
+    by_graphs, plain = compiled(SAMPLERS[sampler].prediction, dtype="float64")
+    requests = [ask(plain, seed, sampler=sampler, num_inference_steps=3, guidance_scale=1.1) for seed in (1, 2)]
+    sampled, expected = (pipeline.sample_latents(requests) for pipeline in (by_graphs, plain))
+    # the network's time is float32 in both; the rest is good to 1e-16 a step
+    assert torch.allclose(sampled, expected, rtol=0, atol=1e-12 * expected.abs().max().item())
+
+
+def test_tables_made_before_a_network_is_compiled_are_those_that_it_looks_up(compiled: Compiled) -> None:
+    # "cpu:0" stands for "cuda": a device of the same tensors by another name
+    by_graphs, _ = compiled(device="cpu:0")
+    assert by_graphs.device == torch.zeros(1, device="cpu:0").device
+    by_graphs.sample_latents([ask(by_graphs, seed) for seed in (1, 2)])
+    modules = list(by_graphs.denoiser.modules())
+    made = [len(module.walks._made) for module in modules if isinstance(module, SpatialMamba | TemporalMamba)]
+    made += [len(module._turns) for module in modules if isinstance(module, LocalAttention)]
+    assert made == [1] * 3 * by_graphs.config.denoiser.depth
+
+
+def test_every_thread_may_compile_for_many_shapes(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_graphs, _ = compiled()
+    limits: list[int] = []
+    predict = by_graphs.denoiser.forward
+
+    def forward(*operands: Tensor) -> Tensor:
+        limits.append(torch._dynamo.config.recompile_limit)
+        return predict(*operands)
+
+    monkeypatch.setattr(by_graphs.denoiser, "forward", forward)
+    with ThreadPoolExecutor(1) as other:  # settings of torch's compiler are a thread's own
+        other.submit(by_graphs, [ask(by_graphs, 1)]).result()
+    assert limits
+    assert min(limits) >= pipeline_module.MAX_SHAPES
+
+
+def test_a_graph_is_recorded_on_the_gpu_that_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream:
+        def __init__(self, device: int) -> None:
+            self.device = device
+
+        def wait_stream(self, other: "Stream") -> None:
+            assert other.device == self.device
+
+    recorded: list[Stream] = []
+
+    def record(graph: object, *, pool: object, stream: Stream) -> AbstractContextManager[None]:
+        recorded.append(stream)
+        return nullcontext()
+
+    fakes = {"Stream": Stream, "CUDAGraph": object, "graph": record, "stream": lambda stream: nullcontext()}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(graphs, "_side_stream", cache(graphs._side_stream.__wrapped__))
+    for device in (0, 1, 1, 0):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda device=device: device)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=device: Stream(device))
+        graphs.GraphedFunction(lambda: None, pool=None)
+    assert [stream.device for stream in recorded] == [0, 1, 1, 0]
+    # one for all graphs of a GPU, since a pool's memory is used again on the same stream alone
+    assert (recorded[1], recorded[0]) == (recorded[2], recorded[3])
