@@ -92,7 +92,8 @@ def draw_clean_prefixes(
         probability: Of a clip to have a prefix. One frame alone has none to know.
     """
     draw = torch.rand(2, num_clips, generator=generator, device=generator.device)
-    length = (1 + draw[1] * (num_frames - 1)).long() * ((draw[0] < probability) & (num_frames > 1))
+    # 1 is added to whole numbers: added to the draw, it would round the largest one up to all frames
+    length = (1 + (draw[1] * (num_frames - 1)).long()) * ((draw[0] < probability) & (num_frames > 1))
     return torch.arange(num_frames, device=generator.device) < length[:, None]
 
 

@@ -62,6 +62,16 @@ def test_clean_prefixes_are_as_frequent_as_asked_and_of_every_length() -> None:
     assert not draw_clean_prefixes(1000, 1, probability=0.9, generator=generator()).any()
 
 
+@pytest.mark.parametrize("num_frames", [2, 3, 4, 5, 8, 9, 17])
+def test_the_largest_number_that_is_drawn_still_leaves_a_frame(
+    num_frames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    largest = torch.tensor([0.0, 1 - 2**-24])[:, None]  # of the decision, and of the length
+    monkeypatch.setattr(torch, "rand", lambda *size, **options: largest)
+    known = draw_clean_prefixes(1, num_frames, probability=0.5, generator=generator())
+    assert known.sum() == num_frames - 1
+
+
 def test_frames_of_a_prefix_are_the_data_at_time_0_and_do_not_count() -> None:
     latents, condition = torch.randn(64, 3, 4, 4, 4), torch.zeros(64, 2, dtype=torch.int64)
     options = {"null_condition": (4, 2), "time_mean": 0.0, "time_std": 1.0, "label_dropout": 0.5}
