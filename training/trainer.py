@@ -151,7 +151,9 @@ def train(
     best_value: float | None = None if best is None else best[1]
     guard, generator = FiniteGuard(device), torch.Generator(device)
     metrics: dict[str, dict[str, float]] = {}
-    saved_at = evaluated_at = -1 if state is None else step
+    saved_at, evaluated_at = -1 if state is None else step, -1
+    if state is not None and state.metrics:
+        metrics[first_average], evaluated_at = state.metrics, step
     del state
 
     def elapsed() -> float:

@@ -280,6 +280,15 @@ def test_the_best_so_far_is_known_after_a_restart(tmp_path: Path) -> None:
         train(Regression(), config(best_metric="psnr"), tmp_path / "b", device=CPU, report=quiet)
 
 
+@pytest.mark.parametrize("goal", [None, "norm"])
+def test_a_finished_run_that_is_resumed_has_its_figures_again(goal: str | None, tmp_path: Path) -> None:
+    settings = config(ema_half_lives=(6.5, 2.0), best_metric=goal)
+    first = train(Regression(), settings, tmp_path, device=CPU, report=quiet)
+    again = train(Regression(), settings, tmp_path, device=CPU, is_resuming=True, report=quiet)
+    assert again.metrics == first.metrics
+    assert again.metrics.keys() == again.averages.keys()
+
+
 def test_every_half_life_has_an_average_and_figures(tmp_path: Path) -> None:
     result = train(Regression(), config(ema_half_lives=(25.0, 2.0, 5.0)), tmp_path, device=CPU, report=quiet)
     assert list(result.averages) == ["ema-25", "ema-2", "ema-5"]
