@@ -245,7 +245,7 @@ def export_command(
     denoiser: Annotated[Path, typer.Option(help="Folder of the denoiser's run.")],
     out: Annotated[Path, typer.Option(help="Checkpoint directory to write; an old checkpoint there is replaced.")],
     ema: Annotated[str | None, typer.Option(help=f"Of the denoiser's run. {AVERAGE_HELP}")] = None,
-    name: Annotated[str, typer.Option(help="Name of the checkpoint.")] = "lung-ultrasound-small",
+    name: Annotated[str | None, typer.Option(help="Name of the checkpoint; default that of the directory.")] = None,
     report: Annotated[Path | None, typer.Option(help="report.json of an evaluation, for the manifest.")] = None,
     steps: Annotated[int, typer.Option(help="Default number of sampling steps.", min=1, max=250)] = 30,
     guidance: Annotated[float, typer.Option(help="Default guidance scale.", min=1.0, max=8.0)] = 1.5,
@@ -267,7 +267,7 @@ def export_command(
         autoencoder_run=autoencoder,
         denoiser_run=denoiser,
         average=ema,
-        name=name,
+        name=name or out.resolve().name,
         metrics=metrics,
         sampling=Sampling(num_inference_steps=(1, steps, 250), guidance_scale=(1.0, guidance, 8.0), sampler=sampler),
     )

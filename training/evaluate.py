@@ -11,7 +11,7 @@ comparable with FID or FVD, nor any distance with itself at another number of cl
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from medsora.request import GenerationRequest
 from training.autoencoder_task import reconstruct
 from training.config import DataConfig
 from training.data.clips import ClipSet
+from training.errors import TrainingError
 from training.evaluation.config import EvaluationConfig
 from training.evaluation.copies import measure_copies
 from training.evaluation.networks import EvaluationNetworks, file_hashes
@@ -62,12 +63,20 @@ def evaluate_checkpoint(
         What ``report.json`` holds.
 
     Raises:
-        TrainingError: No training clip has a label of the checkpoint, or a network does not take these clips.
+        TrainingError: The data have other conditions than the checkpoint, no training clip has one of its labels, or a
+            network does not take these clips.
     """
     settings = settings or EvaluationConfig()
     directory.mkdir(parents=True, exist_ok=True)
     folder = find_checkpoint(checkpoint)
     pipeline = VideoPipeline.from_checkpoint(folder, device=str(device), dtype=settings.dtype)
+    if set(data.condition_columns) != set(pipeline.config.condition_names):
+        raise TrainingError(
+            f"{pipeline.manifest.name} is conditioned on {', '.join(pipeline.config.condition_names)}, the data on "
+            f"{', '.join(data.condition_columns)}: they do not belong together"
+        )
+    columns = {name: data.condition_columns[name] for name in pipeline.config.condition_names}
+    data = replace(data, condition_columns=columns)  # in the checkpoint's order
     splits = {name: load_split(table, data, pipeline.config, name, device=device) for name in ("train", "test")}
     names = [label.name for label in pipeline.manifest.labels]
     sets, requests = collect_sets(pipeline, splits, settings, report)

@@ -63,7 +63,8 @@ class RunResult:
     """Which average they are: ``ema-`` and its half-life in steps, or ``best``: the first one of those, of the best
     checkpoint."""
     about: dict[str, Any]
-    """Steps, seconds, device, versions, metrics, clips. Hash and metrics are those of the average."""
+    """Steps, seconds, device, versions, metrics, clips that windows were cut from. Hash and metrics are those
+    of the average."""
 
 
 def load_split(
@@ -119,7 +120,7 @@ def train_autoencoder(
     """
     _require_part(config, "autoencoder")
     splits = {name: load_split(table, config.data, config.model, name, device=device) for name in ("train", "test")}
-    _report_splits(splits, report)
+    _report_splits(splits, config, report)
     torch.manual_seed(step_seed(config.loop.seed, -1))
     model = VideoAutoencoder(config.model.require_autoencoder()).to(device)
     _start_from(model, initial)
@@ -194,7 +195,7 @@ def train_denoiser(
                 has_flips=has_flips,
                 batch_size=ENCODE_BATCH,
             )
-    _report_splits(splits, report)
+    _report_splits(splits, config, report)
     shape = tuple(latents["train"].latents.shape[1:])
     report(f"latents: {len(latents['train'])} train, {len(latents['test'])} test, {shape}")
     torch.manual_seed(step_seed(config.loop.seed, -1))
@@ -313,7 +314,7 @@ def _save_result(
         "torch": torch.__version__,
         "parameters": sum(parameter.numel() for parameter in result.average.parameters()),
         "windows": len(train_clips),
-        "clips": [to_json(record) for record in train_clips.records],
+        "clips": [to_json(train_clips.records[clip]) for clip in torch.unique(train_clips.clips).tolist()],
         **(extra or {}),
     }
     (folder / "result.json.tmp").write_text(json.dumps(about, indent=1), encoding="utf-8")
@@ -348,10 +349,15 @@ def _require_part(config: TrainConfig, part: str) -> None:
         raise TrainingError(f"{config.recipe} is a recipe for the {config.part}, not for the {part}")
 
 
-def _report_splits(splits: dict[str, ClipSet], report: Report) -> None:
+def _report_splits(splits: dict[str, ClipSet], config: TrainConfig, report: Report) -> None:
+    names = tuple(config.model.condition_names.values())
     for name, clips in splits.items():
-        values, counts = torch.unique(clips.conditions, dim=0, return_counts=True)
+        found, counts = torch.unique(clips.conditions, dim=0, return_counts=True)
         by_condition = ", ".join(
-            f"{tuple(value)}: {count}" for value, count in zip(values.tolist(), counts.tolist(), strict=True)
+            f"{' '.join(values[place] for values, place in zip(names, places, strict=True))}: {count}"
+            for places, count in zip(found.tolist(), counts.tolist(), strict=True)
         )
         report(f"{name}: {len(clips.records)} clips, {len(clips.frames)} frames, {len(clips)} windows ({by_condition})")
+        unused = len(clips.records) - len(torch.unique(clips.clips))
+        if unused:
+            report(f"{name}: {unused} of the clips are without a scene of {clips.num_frames} frames, and not used")

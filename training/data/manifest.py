@@ -67,6 +67,8 @@ def read_clip_table(path: Path) -> tuple[ClipRecord, ...]:
         DataError: Unreadable file, wrong columns, a bad value (names row and column; row 1 is the header),
             a file listed twice, or a group that is in both splits.
     """
+    if path.is_dir():
+        raise DataError(f"{path} is a folder and no prepared cache: make one of it with medsora-train prepare")
     try:
         with path.open(encoding="utf-8", newline="") as stream:
             reader = csv.DictReader(stream, strict=True)

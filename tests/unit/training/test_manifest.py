@@ -84,3 +84,8 @@ def test_conditions_follow_the_vocabulary(tmp_path: Path) -> None:
     assert condition_indices(record, columns=("label", "probe"), names=names) == (1, 0)
     with pytest.raises(DataError, match="column label is 'covid'"):
         condition_indices(record, columns=("label",), names=(("regular",),))
+
+
+def test_a_folder_is_told_to_be_prepared(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is a folder and no prepared cache: make one of it with medsora-train prepare"):
+        read_clip_table(tmp_path)

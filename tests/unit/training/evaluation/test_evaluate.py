@@ -164,6 +164,17 @@ def test_windows_of_another_size_are_refused(
         )  # fmt: skip
 
 
+def test_data_of_other_conditions_are_refused(
+    tiny_checkpoint: Path, table: Path, squeezenet: EvaluationNetworks, tmp_path: Path
+) -> None:
+    data = dataclasses.replace(DATA, condition_columns={"finding": "label"})
+    with pytest.raises(TrainingError, match="is conditioned on finding, probe, the data on finding: "):
+        evaluate_checkpoint(
+            tiny_checkpoint, tmp_path, table=table, data=data, networks=squeezenet, device=torch.device("cpu"),
+            settings=SETTINGS,
+        )  # fmt: skip
+
+
 def test_the_command_line_measures_a_checkpoint(tiny_checkpoint: Path, table: Path, tmp_path: Path) -> None:
     torch.save(caffe_names(), tmp_path / "squeezenet.pth")
     arguments = [
