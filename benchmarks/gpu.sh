@@ -1,5 +1,5 @@
 #!/bin/sh
-# Everything that wants a GPU, on the machine that has one: tests, tables of back ends, figures, a profile.
+# What inference wants a GPU for, on the machine that has one: tests, tables of back ends, figures, a profile.
 #
 #     PYTHON=python3 benchmarks/gpu.sh [FOLDER]        (default: benchmarks/results/gpu)
 #
@@ -14,6 +14,7 @@ mkdir -p "$OUT"
 STARTED=$(date +%s)
 TESTS="mixer pipeline bench ssd selective_scan"
 export TORCHINDUCTOR_COMPILE_THREADS="${TORCHINDUCTOR_COMPILE_THREADS:-3}" COLUMNS=160
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # the scripts find the package uninstalled too
 
 say() { echo "[$(($(date +%s) - STARTED)) s] $*"; }
 bench() { "$PYTHON" -c 'from medsora.cli import main; main()' bench "$@"; }
@@ -41,6 +42,7 @@ warm base-64 --preset base --batch 64
 warm base-128 --preset base --batch 128
 warm base-1 --preset base --batch 1
 warm small --checkpoint lung-ultrasound-small --batch 64,1
+warm small-unguided --checkpoint lung-ultrasound-small --batch 64 --guidance 1
 warm frames-16-32 --preset small --batch 8 --frames 16,32
 warm frames-64-128 --preset small --batch 8 --frames 64,128
 wait
@@ -50,6 +52,7 @@ for log in "$OUT"/warm-*.log; do echo "$log"; tail -n 8 "$log"; done
 
 bench --preset base --batch 64,128 --steps 20 --repeats 5 --json "$OUT/base-batches.json"; say base, large batches
 bench --checkpoint lung-ultrasound-small --batch 64,1 --json "$OUT/small.json"; say small
+bench --checkpoint lung-ultrasound-small --batch 64 --guidance 1 --json "$OUT/small-unguided.json"; say small, no guidance
 bench --preset base --batch 1 --repeats 3 --json "$OUT/base-one.json"; say base, one clip
 bench --preset small --batch 8 --frames 16,32,64,128 --steps 20 --json "$OUT/frames.json"; say lengths
 "$PYTHON" benchmarks/step_profile.py | tee "$OUT/profile.txt"; say profile
