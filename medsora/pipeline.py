@@ -93,6 +93,8 @@ class VideoPipeline:
             )
         if compiled not in COMPILED:
             raise BackendError(f"compiled must be one of {', '.join(COMPILED)}; got {compiled!r}")
+        if compiled == "on" and backend == "reference":
+            raise BackendError("compiled cannot be on with the back end reference, which runs step by step")
         if compiled == "on" and device.type != "cuda":
             raise BackendError(f"compiled can be on with a CUDA device only, got {device}")
         if not batch_sizes or min(batch_sizes) < 1:

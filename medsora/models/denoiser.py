@@ -96,7 +96,7 @@ class Block(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """The whole network. ``backend`` names the SSD operator's back end (see :mod:`medsora.ops.ssd`)."""
+    """The whole network. ``backend`` names the mixers' back end (see :mod:`medsora.ops.mixer`)."""
 
     positions: Tensor | None
 

@@ -338,6 +338,7 @@ def test_what_is_not_there_is_said_before_weights_are_read(
     [
         ({"compiled": "sometimes"}, "compiled must be one of auto, on, off; got 'sometimes'"),
         ({"compiled": "on"}, "compiled can be on with a CUDA device only, got cpu"),
+        ({"compiled": "on", "backend": "reference"}, "compiled cannot be on with the back end reference"),
         ({"batch_sizes": ()}, r"batch_sizes must be numbers from 1 on, got \(\)"),
         ({"batch_sizes": (4, 0)}, r"batch_sizes must be numbers from 1 on, got \(4, 0\)"),
     ],
