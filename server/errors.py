@@ -130,4 +130,8 @@ class UnavailableError(ServiceError):
 
 
 def _retry_headers(retry_after_ms: int) -> dict[str, str]:
-    return {"retry-after-ms": str(retry_after_ms), "retry-after": str(max(1, -(-retry_after_ms // 1000)))}
+    return {
+        "retry-after-ms": str(retry_after_ms),
+        "retry-after": str(max(1, -(-retry_after_ms // 1000))),
+        "x-should-retry": "true",
+    }

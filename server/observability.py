@@ -98,7 +98,8 @@ class RequestMiddleware:
                 raise  # the answer is cut off, which the client can see
             message = f"The server failed to handle the request. Report the request id {request_id}."
             body = error_body(message, kind="server_error", code="internal_error")
-            await _json(500, body)(scope, receive, tagged_send)
+            # OpenAI's client would try again: the bug would still be there, and perhaps a job that was accepted.
+            await _json(500, body, {"x-should-retry": "false"})(scope, receive, tagged_send)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
             method = scope["method"] if scope["method"] in _METHODS else "other"
@@ -118,6 +119,7 @@ def _content_length(scope: Scope) -> int | None:
     return None
 
 
-def _json(status: int, body: dict[str, Any]) -> JSONResponse:
-    # The rest of the body is not read: the connection cannot be used again.
-    return JSONResponse(body, status_code=status, headers={"connection": "close"} if status == 413 else None)
+def _json(status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> JSONResponse:
+    if status == 413:
+        headers = {"connection": "close"}  # the rest of the body is not read
+    return JSONResponse(body, status_code=status, headers=headers)

@@ -1,13 +1,15 @@
-"""The body of POST /v1/videos: multipart, urlencoded or JSON, to one checked set of fields.
+"""The bodies of new videos and remixes: multipart, urlencoded or JSON, to one checked set of fields.
 
 OpenAI's client sends every request as multipart and flattens ``extra_body`` into fields: lists arrive as
 ``name[]``, objects as ``name[key]``. Servers of this kind also take ``extra_params`` or ``extra_body`` as JSON
-text. All of these end in the same fields here, and a field that cannot be honoured is refused by name.
+text. All of these end in the same fields here, and a field that cannot be honoured is refused by name, unless its
+value asks for nothing.
 """
 
 import json
 import re
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -17,11 +19,14 @@ from server.api.handlers import first_problem
 from server.errors import RequestRefusedError, ServiceError
 from server.jobs.service import VideoOrder
 
-__all__ = ["CreateVideoFields", "read_order"]
+__all__ = ["CreateVideoFields", "RemixVideoFields", "read_order", "read_remix"]
 
 MAX_PARTS = 64
 MAX_FILES = 4
+_Fields = TypeVar("_Fields", bound=BaseModel)
 _NESTED = ("extra_params", "extra_body")
+_FLATTENED = re.compile(r"(?P<base>[^\[\]]+)(?P<keys>(?:\[[^\[\]]*\])+)")
+_KEY = re.compile(r"\[([^\[\]]*)\]")
 _SIZE = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
 
 
@@ -78,51 +83,89 @@ class CreateVideoFields(BaseModel):
     num_outputs_per_prompt: Whole | None = Field(None, ge=1, le=1, description="As n; only 1.")
 
 
+class RemixVideoFields(BaseModel):
+    """Fields of a remix: everything but the label is taken from the video that is remixed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str = Field(description="Name or synonym of one of the model's labels, at most 32000 characters.")
+
+
+@dataclass(frozen=True)
+class _Unsupported:
+    """A field that cannot be honoured."""
+
+    reason: str
+    neutral: tuple[str | float, ...] = ()
+    """Values that ask for nothing, and pass; null, false and what is empty always do."""
+
+
+_NO_PICTURES = "the served checkpoints make videos from a label alone, and cannot begin with a picture or video"
 _UNSUPPORTED = {
-    "input_reference": "this server makes videos from a label alone, not from a picture or video",
-    "input_reference_url": "this server makes videos from a label alone, not from a picture or video",
-    "reference_url": "this server makes videos from a label alone, not from a picture or video",
-    "image": "this server makes videos from a label alone, not from a picture or video",
-    "video": "this server makes videos from a label alone, not from a picture or video",
-    "characters": "this server has no characters",
-    "negative_prompt": "the models are conditioned on labels and have no negative prompt",
-    "flow_shift": "the schedule of the sampler is fixed by the checkpoint",
-    "lora": "adapters cannot be loaded",
-    "quality": "there is one quality",
-    "user": "requests carry no user",
-    "metadata": "requests carry no metadata",
-    "return_stage_metrics": "stage times are in GET /metrics",
-    "remix_video_id": "videos cannot be remixed",
-    "stream": "answers are not streamed; ask for the video again until it is completed",
+    **dict.fromkeys(
+        ("input_reference", "input_reference_url", "reference_url", "image", "image_url", "video", "video_id"),
+        _Unsupported(_NO_PICTURES),
+    ),
+    "characters": _Unsupported("the served checkpoints have no characters"),
+    "negative_prompt": _Unsupported("the models are conditioned on labels and have no negative prompt"),
+    "flow_shift": _Unsupported("the schedule of the sampler is fixed by the checkpoint", (1.0,)),
+    "true_cfg_scale": _Unsupported("there is one guidance, guidance_scale", (1.0,)),
+    "guidance_scale_2": _Unsupported("there is one guidance, guidance_scale"),
+    "enable_teacache": _Unsupported("every step is computed"),
+    "lora": _Unsupported("adapters cannot be loaded"),
+    "quality": _Unsupported("there is one quality", ("standard",)),
+    "user": _Unsupported("requests carry no user"),
+    "metadata": _Unsupported("requests carry no metadata"),
+    "return_stage_metrics": _Unsupported("stage times are in GET /metrics"),
+    "remix_video_id": _Unsupported("remixes are asked for with POST /v1/videos/{video_id}/remix"),
+    "stream": _Unsupported("answers are not streamed; ask for the video again until it is completed"),
 }
 """Fields known from OpenAI or servers of this kind -> why they are refused."""
 
 
 async def read_order(request: Request) -> VideoOrder:
-    """Read and check the body.
+    """Read and check the body of a new video.
 
     Raises:
         ServiceError: It is of no known type, cannot be parsed, or has a field that is unknown, given twice,
             of a wrong type, or cannot be honoured. The error names the field.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "application/json":
-        pairs = _json_pairs(await request.body())
-    elif kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        pairs = await _form_pairs(request)
-    else:
-        message = f"content-type: {kind[:80]!r} is not read here; allowed: multipart/form-data, application/json"
-        raise UnsupportedMediaTypeError(message, param="content-type", code="unsupported_media_type")
-    fields = _collect(pairs)
+    checked = _check(CreateVideoFields, _collect(await _read_pairs(request)))
+    values = checked.model_dump(exclude={"size", "n", "num_outputs_per_prompt"})
+    return VideoOrder(size=_parse_size(checked.size), **values)
+
+
+async def read_remix(request: Request) -> str:
+    """Read and check the body of a remix; returns the prompt.
+
+    Raises:
+        ServiceError: As :func:`read_order`; also for a field that a remix takes from its source.
+    """
+    fields = _collect(await _read_pairs(request))
+    for name in fields:
+        if name not in RemixVideoFields.model_fields:
+            raise _refused(name, f"{name}: is taken from the video that is remixed; allowed: prompt")
+    return _check(RemixVideoFields, fields).prompt
+
+
+def _check(model: type[_Fields], fields: dict[str, Any]) -> _Fields:
     try:
-        checked = CreateVideoFields.model_validate(fields)
+        return model.model_validate(fields)
     except ValidationError as error:
         param, message = first_problem([dict(entry) for entry in error.errors(include_url=False)])
         if param == "prompt" and "prompt" not in fields:
             message = "prompt: is required; it names a label of the model, see GET /v1/models"
         raise _refused(str(param), message) from None
-    values = checked.model_dump(exclude={"size", "n", "num_outputs_per_prompt"})
-    return VideoOrder(size=_parse_size(checked.size), **values)
+
+
+async def _read_pairs(request: Request) -> list[tuple[str, Any]]:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "application/json":
+        return _json_pairs(await request.body())
+    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        return await _form_pairs(request)
+    message = f"content-type: {kind[:80]!r} is not read here; allowed: multipart/form-data, application/json"
+    raise UnsupportedMediaTypeError(message, param="content-type", code="unsupported_media_type")
 
 
 def _json_pairs(body: bytes) -> list[tuple[str, Any]]:
@@ -137,13 +180,21 @@ async def _form_pairs(request: Request) -> list[tuple[str, Any]]:
     async with request.form(max_files=MAX_FILES, max_fields=MAX_PARTS) as form:
         pairs: list[tuple[str, Any]] = []
         for name, value in form.multi_items():
-            base, bracket, _ = name.partition("[")
+            base, nested = _unflatten(name, value)
             if isinstance(value, UploadFile) and base not in _UNSUPPORTED:
                 raise _refused(base, f"{base[:80]}: must be text, got a file")
-            if bracket and base not in _UNSUPPORTED and base in CreateVideoFields.model_fields:
-                raise _refused(base, f"{base}: must be one value, got a list or an object ({name[:80]!r})")
-            pairs.append((base, value))
+            pairs.append((base, nested))
         return pairs
+
+
+def _unflatten(name: str, value: Any) -> tuple[str, Any]:
+    """The field that a part of a form is of, and what it says: ``a[]`` is of a list, ``a[key]`` of an object."""
+    match = _FLATTENED.fullmatch(name)
+    if match is None:
+        return name, value
+    for key in reversed(_KEY.findall(match["keys"])):
+        value = _Pairs([(key, value)]) if key else [value]
+    return match["base"], value
 
 
 def _collect(pairs: list[tuple[str, Any]], *, inside: str = "") -> dict[str, Any]:
@@ -151,20 +202,42 @@ def _collect(pairs: list[tuple[str, Any]], *, inside: str = "") -> dict[str, Any
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in _NESTED and not inside:
+            if value is None:
+                continue
             for nested_name, nested_value in _nested(name, value).items():
                 _put(fields, nested_name, nested_value)
             continue
         if not _is_storable(name):
             raise RequestRefusedError("A field has a name that is no text.", code="unknown_field")
         if name in _UNSUPPORTED:
-            raise _refused(name, f"{name}: is not supported: {_UNSUPPORTED[name]}")
+            if _asks_for_something(value, _UNSUPPORTED[name].neutral):
+                raise _refused(name, f"{name}: is not supported: {_UNSUPPORTED[name].reason}")
+            continue
         if name not in CreateVideoFields.model_fields:
             allowed = ", ".join(CreateVideoFields.model_fields)
             raise RequestRefusedError(
                 f"{name[:80]}: is not a known field; allowed: {allowed}", param=name[:80], code="unknown_field"
             )
+        if isinstance(value, list):
+            kind = "an object" if isinstance(value, _Pairs) else "a list"
+            raise _refused(name, f"{name}: must be one value, got {kind}")
         _put(fields, name, value)
     return fields
+
+
+def _asks_for_something(value: Any, neutral: tuple[str | float, ...]) -> bool:
+    if isinstance(value, str):  # in forms all is text
+        if value in neutral:
+            return False
+        if value.strip().lower() in ("", "null", "none", "false", "[]", "{}"):
+            return False
+        try:
+            value = float(value)
+        except ValueError:
+            return True
+    if isinstance(value, float | int) and not isinstance(value, bool):
+        return value not in neutral
+    return value is not None and value is not False and value != []
 
 
 def _nested(name: str, value: Any) -> dict[str, Any]:

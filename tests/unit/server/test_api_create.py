@@ -195,9 +195,67 @@ def test_name_given_twice_is_refused(client: TestClient) -> None:
     refused(client.post("/v1/videos", files=parts), "seed", "more than once")
 
 
+NEUTRAL = {
+    "input_reference": None,
+    "negative_prompt": "",
+    "flow_shift": 1,
+    "true_cfg_scale": 1.0,
+    "lora": [],
+    "quality": "standard",
+    "user": "",
+    "metadata": {},
+    "return_stage_metrics": False,
+    "stream": False,
+    "extra_params": None,
+}
+
+
+def test_unsupported_fields_pass_where_they_ask_for_nothing(client: TestClient) -> None:
+    assert create(client, **NEUTRAL).status_code == 200
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in NEUTRAL.items() if value}
+    files = {name: (None, text) for name, text in {"prompt": "covid-convex", "stream": "False", **texts}.items()}
+    assert client.post("/v1/videos", files=files).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("flow_shift", 3),
+        ("flow_shift", "3.0"),
+        ("flow_shift", True),
+        ("quality", "hd"),
+        ("user", "me"),
+        ("lora", {"name": "a"}),
+        ("return_stage_metrics", True),
+        ("return_stage_metrics", "true"),
+        ("stream", "1"),
+        ("true_cfg_scale", "nan"),
+        ("characters", [{"id": "c"}]),
+        ("video", {"id": "v"}),
+        ("image_url", "http://a/b.png"),
+    ],
+)
+def test_unsupported_fields_that_ask_for_something_are_refused(client: TestClient, name: str, value: Any) -> None:
+    refused(create(client, **{name: value}), name, f"{name}: is not supported: ")
+
+
+def test_nested_fields_may_be_flattened(client: TestClient) -> None:
+    parts = {"prompt": "covid-convex", "extra_params[seed]": "5", "extra_body[num_inference_steps]": "6"}
+    video = client.post("/v1/videos", files={name: (None, text) for name, text in parts.items()}).json()
+    assert (video["seed"], video["num_inference_steps"]) == (5, 6)
+
+
 @pytest.mark.parametrize(
     ("name", "param", "part"),
     [
+        ("extra_params[stepz]", "stepz", "not a known field"),
+        ("extra_params[metadata][a]", "metadata", "not supported"),
+        ("extra_params[seed][]", "seed", "must be one value, got a list"),
+        ("extra_params[]", "extra_params", "must be a JSON object"),
+        ("seed[a]", "seed", "must be one value, got an object"),
+        ("lora[]", "lora", "not supported"),
+        ("seed]", "seed]", "not a known field"),
+        ("[]", "[]", "not a known field"),
         ("labels[]", "labels", "not a known field"),
         ("metadata[key]", "metadata", "not supported"),
         ("seed[]", "seed", "must be one value"),
