@@ -113,7 +113,8 @@ class Reaper:
         removed = 0
         for file in files:
             artifact, attempt_at_work = owners.get(file.job_id, (None, None))
-            if file.name != artifact and file.attempt != attempt_at_work:
+            is_published = file.video == artifact and not file.is_partial
+            if not is_published and file.attempt != attempt_at_work:
                 self._store.remove(file.name)
                 removed += 1
         return removed

@@ -1,10 +1,12 @@
 """Finished videos on disk. A name that a client can ask for always holds a whole, checked file.
 
-Files lie in ``<root>/<2 hex digits>/<job id>.<attempt>.mp4``; while one is written it is called
-``<job id>.<attempt>.part.mp4`` in the same folder. The attempt in the name keeps apart two workers that believe
-to own one job. This module knows no video format: how to write and to check a file is handed in.
+Files lie in ``<root>/<2 hex digits>/<job id>.<attempt>.mp4``, the stills of a video beside it
+(``<job id>.<attempt>.thumbnail.webp``, ``.spritesheet.jpg``); while one is written, ``.part`` stands before its last
+suffix. The attempt in the name keeps apart two workers that believe to own one job. This module knows no format: how
+to write and to check a file is handed in.
 """
 
+import enum
 import errno
 import os
 import re
@@ -16,9 +18,22 @@ from pathlib import Path
 
 from medsora.files import sha256_of
 
-__all__ = ["ArtifactInfo", "ArtifactStore", "StorageFullError", "StoredFile", "job_id_of"]
+__all__ = ["ArtifactInfo", "ArtifactStore", "StorageFullError", "StoredFile", "Variant", "job_id_of"]
 
-_NAME = re.compile(r"(?P<shard>[0-9a-f]{2})/(?P<job>video_[0-9a-f]{32})\.(?P<attempt>[0-9]{1,9})(?P<part>\.part)?\.mp4")
+
+class Variant(enum.StrEnum):
+    """What of a clip a file holds. The names are those of OpenAI's contract."""
+
+    VIDEO = "video"
+    THUMBNAIL = "thumbnail"
+    SPRITESHEET = "spritesheet"
+
+
+_SUFFIXES = {Variant.VIDEO: ".mp4", Variant.THUMBNAIL: ".thumbnail.webp", Variant.SPRITESHEET: ".spritesheet.jpg"}
+_NAME = re.compile(
+    r"(?P<stem>(?P<shard>[0-9a-f]{2})/(?P<job>video_[0-9a-f]{32})\.(?P<attempt>[0-9]{1,9}))"
+    r"(?:(?P<part>\.part)?\.mp4|\.thumbnail(?P<part_t>\.part)?\.webp|\.spritesheet(?P<part_s>\.part)?\.jpg)"
+)
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -43,6 +58,8 @@ class StoredFile:
     job_id: str
     attempt: int
     is_partial: bool
+    video: str
+    """Name of the video that it is, or that it was made from."""
     age_s: float
     """Seconds since it was last written."""
 
@@ -58,21 +75,27 @@ class ArtifactStore:
         self.root = root
 
     def write(
-        self, job_id: str, attempt: int, write: Callable[[Path], None], check: Callable[[Path], None]
+        self,
+        job_id: str,
+        attempt: int,
+        write: Callable[[Path], None],
+        check: Callable[[Path], None],
+        *,
+        variant: Variant = Variant.VIDEO,
     ) -> ArtifactInfo:
         """Let ``write`` make a file and publish it under its final name once ``check`` accepts it.
 
         Args:
-            write: Called with a temporary path that ends in ``.mp4``.
+            write: Called with a temporary path that ends as the final one does, e.g. in ``.mp4``.
             check: Called with the same path when the content is on disk; raises to refuse it.
 
         Raises:
             StorageFullError: No room. Whatever else ``write`` or ``check`` raise goes through. In each case no
                 file is left.
         """
-        name = _name(job_id, attempt)
+        name = _name(job_id, attempt, variant)
         target = self.root / name
-        partial = target.with_suffix(".part.mp4")
+        partial = target.with_suffix(f".part{target.suffix}")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             write(partial)
@@ -88,14 +111,17 @@ class ArtifactStore:
             raise
         return ArtifactInfo(name=name, size_bytes=size_bytes, sha256=sha256)
 
-    def path(self, name: str) -> Path:
-        """Path of a stored file.
+    def path(self, name: str, variant: Variant = Variant.VIDEO) -> Path:
+        """Path of a stored file, or of the ``variant`` that lies beside the video of that name.
 
         Raises:
             ValueError: Not a name of this store.
         """
-        if _NAME.fullmatch(name) is None:
+        match = _NAME.fullmatch(name)
+        if match is None:
             raise ValueError(f"not the name of an artifact: {name!r}")
+        if variant is not Variant.VIDEO:
+            name = match["stem"] + _SUFFIXES[variant]
         return self.root / name
 
     def remove(self, name: str) -> None:
@@ -109,10 +135,21 @@ class ArtifactStore:
 
     def remove_attempts(self, job_id: str, *, before: int | None = None) -> None:
         """Remove all files of a job, whole or partial; with ``before`` only those of earlier attempts."""
-        for path in (self.root / _shard(job_id)).glob(f"{job_id}.*.mp4"):
+        self._remove_where(job_id, lambda attempt: before is None or attempt < before)
+
+    def remove_attempt(self, job_id: str, attempt: int) -> None:
+        """Remove all files of one attempt at a job for good, whole or partial."""
+        if self._remove_where(job_id, lambda found: found == attempt):
+            _sync(self.root / _shard(job_id))
+
+    def _remove_where(self, job_id: str, is_meant: Callable[[int], bool]) -> int:
+        removed = 0
+        for path in (self.root / _shard(job_id)).glob(f"{job_id}.*"):
             match = _NAME.fullmatch(f"{path.parent.name}/{path.name}")
-            if match is not None and (before is None or int(match["attempt"]) < before):
+            if match is not None and is_meant(int(match["attempt"])):
                 path.unlink(missing_ok=True)
+                removed += 1
+        return removed
 
     def files(self) -> Iterator[StoredFile]:
         """All files of the store, in no order. Files that it did not make are left out."""
@@ -130,7 +167,8 @@ class ArtifactStore:
                     name=match.group(),
                     job_id=match["job"],
                     attempt=int(match["attempt"]),
-                    is_partial=match["part"] is not None,
+                    is_partial=any(match[group] is not None for group in ("part", "part_t", "part_s")),
+                    video=match["stem"] + _SUFFIXES[Variant.VIDEO],
                     age_s=now - modified,
                 )
 
@@ -152,8 +190,8 @@ def _shard(job_id: str) -> str:
     return job_id.removeprefix("video_")[:2]
 
 
-def _name(job_id: str, attempt: int) -> str:
-    name = f"{_shard(job_id)}/{job_id}.{attempt}.mp4"
+def _name(job_id: str, attempt: int, variant: Variant) -> str:
+    name = f"{_shard(job_id)}/{job_id}.{attempt}{_SUFFIXES[variant]}"
     if _NAME.fullmatch(name) is None:
         raise ValueError(f"not a job id: {job_id!r}")
     return name

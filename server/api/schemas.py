@@ -90,7 +90,7 @@ class VideoObject(BaseModel):
             prompt=job.prompt,
             size=f"{job.width}x{job.height}",
             seconds=job.seconds,
-            remixed_from_video_id=None,
+            remixed_from_video_id=job.remixed_from,
             error=error,
             label=job.label,
             seed=job.seed,

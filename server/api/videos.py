@@ -5,35 +5,70 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
+from pydantic import BaseModel
 
 from server.api.dependencies import JobServiceDep, ServicesDep
-from server.api.fields import CreateVideoFields, read_order
+from server.api.fields import CreateVideoFields, RemixVideoFields, read_order, read_remix
 from server.api.schemas import DeletedVideo, ErrorEnvelope, VideoList, VideoObject
-from server.errors import NotFoundError, NotReadyError, RangeError, RequestRefusedError
-from server.jobs.model import JobStatus
+from server.errors import NotFoundError, RangeError, RequestRefusedError
+from server.jobs.repository import JobRecord
+from server.storage import Variant
 
 __all__ = ["router"]
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
 _CONTENT_TYPES = ("multipart/form-data", "application/json")
-_CREATE_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {kind: {"schema": CreateVideoFields.model_json_schema()} for kind in _CONTENT_TYPES},
-    }
+_MEDIA_TYPES = {
+    Variant.VIDEO: ("video/mp4", ".mp4"),
+    Variant.THUMBNAIL: ("image/webp", ".thumbnail.webp"),
+    Variant.SPRITESHEET: ("image/jpeg", ".spritesheet.jpg"),
 }
+"""What is sent -> its type, and how the name of the download ends."""
+_MEDIA: dict[str, Any] = {media_type: {} for media_type, _ in _MEDIA_TYPES.values()}
+
+
+def _body(fields: type[BaseModel]) -> dict[str, Any]:
+    schema = fields.model_json_schema()
+    return {"requestBody": {"required": True, "content": {kind: {"schema": schema} for kind in _CONTENT_TYPES}}}
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorEnvelope} for status in statuses}
 
 
-@router.post("", openapi_extra=_CREATE_BODY, responses=_errors(400, 413, 415, 429, 503))
+@router.post("", openapi_extra=_body(CreateVideoFields), responses=_errors(400, 413, 415, 429, 503))
 async def create_video(request: Request, jobs: JobServiceDep) -> VideoObject:
     """Ask for a video. The answer comes at once; ask for the video by its id until it is completed."""
     order = await read_order(request)
     return VideoObject.of(await run_in_threadpool(jobs.submit, order))
+
+
+@router.post("/edits", include_in_schema=False)
+@router.post("/extensions", include_in_schema=False)
+@router.post("/characters", include_in_schema=False)
+async def refuse_other_sources(request: Request, services: ServicesDep) -> VideoObject:
+    """Parts of OpenAI's contract that start from a video or picture: the served checkpoints cannot, and it is said."""
+    async for _ in request.stream():  # a client that still sends would not hear the answer
+        pass
+    what = request.url.path.rpartition("/")[2]
+    models = ", ".join(services.catalogue.names)
+    raise RequestRefusedError(
+        f"{what}: the served checkpoints ({models}) make videos from a label alone and cannot start from a video or "
+        "picture; allowed: POST /v1/videos, and POST /v1/videos/{video_id}/remix for the same seed with another label",
+        param="video",
+        code=f"{what}_not_supported",
+    )
+
+
+@router.get("/characters/{character_id}", include_in_schema=False)
+def get_character(character_id: str) -> VideoObject:
+    """There are none."""
+    raise NotFoundError(
+        f"There is no character with the id {character_id[:80]!r}: the served checkpoints have no characters.",
+        code="character_not_found",
+        param="character_id",
+    )
 
 
 @router.get("", responses=_errors(400, 503))
@@ -54,6 +89,15 @@ def list_videos(
     )
 
 
+@router.post(
+    "/{video_id}/remix", openapi_extra=_body(RemixVideoFields), responses=_errors(400, 404, 409, 413, 415, 429, 503)
+)
+async def remix_video(video_id: str, request: Request, jobs: JobServiceDep) -> VideoObject:
+    """Ask for a completed video again with another label: the same seed, size, length and settings."""
+    prompt = await read_remix(request)
+    return VideoObject.of(await run_in_threadpool(jobs.remix, video_id, prompt))
+
+
 @router.get("/{video_id}", responses=_errors(404, 503))
 def get_video(video_id: str, jobs: JobServiceDep, response: Response) -> VideoObject:
     """How far a video is. One that failed is answered with 200 and status failed."""
@@ -65,7 +109,7 @@ def get_video(video_id: str, jobs: JobServiceDep, response: Response) -> VideoOb
 
 @router.delete("/{video_id}", responses=_errors(404, 503))
 def delete_video(video_id: str, jobs: JobServiceDep) -> DeletedVideo:
-    """Remove a video and its file; one that is not finished is cancelled."""
+    """Remove a video and its files; one that is not finished is cancelled."""
     jobs.delete(video_id)
     return DeletedVideo(id=video_id)
 
@@ -75,8 +119,8 @@ def delete_video(video_id: str, jobs: JobServiceDep) -> DeletedVideo:
     "/{video_id}/content",
     response_class=FileResponse,
     responses={
-        200: {"content": {"video/mp4": {}}, "description": "The MP4 file."},
-        206: {"content": {"video/mp4": {}}, "description": "The asked-for bytes of it."},
+        200: {"content": _MEDIA, "description": "The file: MP4, WebP of the middle frame, or JPEG of all frames."},
+        206: {"content": _MEDIA, "description": "The asked-for bytes of it."},
         304: {"description": "The file is the one that the client has."},
         **_errors(400, 404, 409, 416, 503),
     },
@@ -85,29 +129,48 @@ def get_content(
     video_id: str,
     request: Request,
     services: ServicesDep,
-    variant: Annotated[str, Query(description="What to download; only video.", max_length=80)] = "video",
+    variant: Annotated[
+        str, Query(description="What to download: video, thumbnail (WebP) or spritesheet (JPEG).", max_length=80)
+    ] = "video",
 ) -> Response:
-    """Download the MP4 file, whole or a range of its bytes."""
-    if variant != "video":
-        message = f"variant: {variant!r} is not made by this server; allowed: video"
+    """Download the video, its thumbnail or its sheet of frames, whole or a range of the bytes.
+
+    The sheet shows up to 64 frames, evenly spaced, row by row from the top left, in as few columns as make it at
+    least as many tiles wide as high.
+    """
+    if variant not in list(Variant):
+        message = f"variant: there is no {variant!r}; allowed: {', '.join(Variant)}"
         raise RequestRefusedError(message, param="variant", code="invalid_variant")
-    job = services.jobs.get(video_id)
-    if job.status is not JobStatus.SUCCEEDED or job.artifact is None:
-        code = "video_not_ready" if job.status in (JobStatus.QUEUED, JobStatus.RUNNING) else "video_failed"
-        raise NotReadyError(f"The video {video_id} has no content: it is {job.status.value}.", code=code)
-    path = services.store.path(job.artifact)
+    wanted = Variant(variant)
+    job = services.jobs.get_completed(video_id)
+    sha256 = _sha256(job, wanted)
+    if job.artifact is None or sha256 is None:
+        message = f"variant: video {video_id} was made by a version of this server that made no {variant}"
+        raise NotFoundError(f"{message}; remix it, or download variant=video", code="content_missing", param="variant")
+    path = services.store.path(job.artifact, wanted)
     try:
         stat = path.stat()
     except FileNotFoundError:
         raise NotFoundError(
-            f"The file of video {video_id} is missing on the server.", code="content_missing", param="video_id"
+            f"The {variant} file of video {video_id} is missing on the server.",
+            code="content_missing",
+            param="video_id",
         ) from None
-    etag = f'"{job.sha256}"'
+    etag = f'"{sha256}"'
     headers = {"etag": etag, "cache-control": "private, no-cache"}
     if etag in [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]:
         return Response(status_code=304, headers=headers)
     _check_range(request, stat.st_size)
-    return FileResponse(path, stat_result=stat, media_type="video/mp4", filename=f"{video_id}.mp4", headers=headers)
+    media_type, ending = _MEDIA_TYPES[wanted]
+    return FileResponse(path, stat_result=stat, media_type=media_type, filename=f"{video_id}{ending}", headers=headers)
+
+
+def _sha256(job: JobRecord, variant: Variant) -> str | None:
+    if variant is Variant.THUMBNAIL:
+        return job.thumbnail_sha256
+    if variant is Variant.SPRITESHEET:
+        return job.spritesheet_sha256
+    return job.sha256
 
 
 def _check_range(request: Request, size: int) -> None:

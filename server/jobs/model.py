@@ -11,6 +11,7 @@ __all__ = [
     "TERMINAL",
     "TRANSITIONS",
     "Base",
+    "DeletedJob",
     "DeletedTotal",
     "Job",
     "JobStatus",
@@ -90,6 +91,8 @@ class Job(Base):
     num_inference_steps: Mapped[int] = mapped_column(Integer)
     guidance_scale: Mapped[float] = mapped_column(Double)
     sampler: Mapped[str] = mapped_column(String(64))
+    remixed_from: Mapped[str | None] = mapped_column(String(64))
+    """Id of the job whose seed and settings it took; that job may be gone."""
 
     # who works on it
     attempt: Mapped[int] = mapped_column(Integer, default=0)
@@ -110,6 +113,9 @@ class Job(Base):
     """Name of the finished file in the artifact store."""
     size_bytes: Mapped[int | None] = mapped_column(BigInteger)
     sha256: Mapped[str | None] = mapped_column(String(64))
+    thumbnail_sha256: Mapped[str | None] = mapped_column(String(64))
+    """None: not finished, or by a version that made no stills. They lie beside the artifact."""
+    spritesheet_sha256: Mapped[str | None] = mapped_column(String(64))
 
     # when
     created_at: Mapped[float] = mapped_column(Double)
@@ -145,6 +151,16 @@ class WorkerProcess(Base):
     """Why it cannot generate, e.g. that it is still starting, or a damaged checkpoint; None when it can."""
     warm_up_s: Mapped[dict[str, dict[str, float]]] = mapped_column(JSON, server_default="{}")
     """Seconds that warming up took, by model and by batch size (a text, as JSON has no other keys)."""
+
+
+class DeletedJob(Base):
+    """Place in the list of a job that is gone, for a while: whoever deletes while paging still finds the next page."""
+
+    __tablename__ = "deleted_jobs"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    seq: Mapped[int] = mapped_column(BigInteger)
+    deleted_at: Mapped[float] = mapped_column(Double, index=True)
 
 
 class DeletedTotal(Base):

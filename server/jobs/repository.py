@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, case, delete, func, insert, or_, select, update
 
 from server.jobs.database import Database, database_now
-from server.jobs.model import TERMINAL, Job, JobStatus, new_job_id
+from server.jobs.model import TERMINAL, DeletedJob, Job, JobStatus, new_job_id
 
 __all__ = ["Claim", "FinishedWork", "JobRecord", "JobRepository", "QueueFullError", "Removal", "SweepResult"]
 
@@ -24,6 +24,8 @@ _TERMINAL_NAMES = sorted(status.value for status in TERMINAL)
 EXHAUSTED = "attempts_exhausted"
 CANCELLED = "cancelled"
 CANCELLED_MESSAGE = "The job was cancelled."
+CURSOR_KEPT_S = 86_400.0
+"""Seconds for which a deleted job still serves as a cursor into the list."""
 
 
 class QueueFullError(Exception):
@@ -59,6 +61,7 @@ class JobRecord:
     num_inference_steps: int
     guidance_scale: float
     sampler: str
+    remixed_from: str | None
     attempt: int
     handed_back: int
     lease_until: float | None
@@ -71,6 +74,8 @@ class JobRecord:
     artifact: str | None
     size_bytes: int | None
     sha256: str | None
+    thumbnail_sha256: str | None
+    spritesheet_sha256: str | None
     created_at: float
     published_at: float | None
     queued_at: float
@@ -96,6 +101,8 @@ class FinishedWork:
     artifact: str
     size_bytes: int
     sha256: str
+    thumbnail_sha256: str | None = None
+    spritesheet_sha256: str | None = None
     sampling_s: float
     encode_s: float
     store_s: float
@@ -159,11 +166,16 @@ class JobRepository:
         return None if row is None else _record(row)
 
     def page(self, *, limit: int, after: str | None, newest_first: bool) -> tuple[list[JobRecord], bool] | None:
-        """Jobs behind the cursor ``after``, and whether there are more; None when no job has that id."""
+        """Jobs behind the cursor ``after``, and whether there are more; None when no job has that id.
+
+        A job that was deleted lately still serves as a cursor.
+        """
         query = select(_TABLE).where(_VISIBLE)
         with self._database.read() as connection:
             if after is not None:
-                cursor = connection.scalar(select(Job.seq).where(Job.id == after, _VISIBLE))
+                cursor = connection.scalar(select(Job.seq).where(Job.id == after))
+                if cursor is None:
+                    cursor = connection.scalar(select(DeletedJob.seq).where(DeletedJob.id == after))
                 if cursor is None:
                     return None
                 query = query.where(Job.seq < cursor if newest_first else Job.seq > cursor)
@@ -180,13 +192,21 @@ class JobRepository:
             .limit(10)
             .subquery()
         )
-        ahead = select(func.count()).where(Job.status == JobStatus.QUEUED, Job.seq < job.seq)
+        before = or_(Job.status == JobStatus.RUNNING, and_(Job.status == JobStatus.QUEUED, Job.seq < job.seq))
+        ahead = select(
+            func.coalesce(func.sum(Job.num_inference_steps - Job.steps_done), 0),
+            func.coalesce(func.sum(case((Job.status == JobStatus.RUNNING, 1), else_=0)), 0),
+        ).where(before)
         with self._database.read() as connection:
             pace_s = connection.scalar(select(func.avg(recent.c.pace_s)))
             if pace_s is None:
                 return None
-            waiting = connection.scalar(ahead) or 0 if job.status is JobStatus.QUEUED else 0
-        return float(pace_s) * (job.num_inference_steps * (1 + waiting) - job.steps_done)
+            steps_ahead, running = connection.execute(ahead).one()
+        steps = job.num_inference_steps - job.steps_done
+        if job.status is JobStatus.QUEUED:
+            # As many jobs as run now will go on being run at once.
+            steps += steps_ahead / max(1, running)
+        return float(pace_s) * float(steps)
 
     def request_cancel(self, job_id: str) -> bool:
         """Cancel a job that waits, ask the worker of one that runs. False when it is neither."""
@@ -263,6 +283,8 @@ class JobRepository:
                 artifact=work.artifact,
                 size_bytes=work.size_bytes,
                 sha256=work.sha256,
+                thumbnail_sha256=work.thumbnail_sha256,
+                spritesheet_sha256=work.spritesheet_sha256,
                 sampling_s=work.sampling_s,
                 encode_s=work.encode_s,
                 store_s=work.store_s,
@@ -360,12 +382,17 @@ class JobRepository:
         return {row.id: (row.artifact, row.attempt if row.status == JobStatus.RUNNING else None) for row in rows}
 
     def forget(self, job_ids: Sequence[str]) -> int:
-        """Remove the rows of deleted, finished jobs, keeping their sums (see ``totals.py``)."""
+        """Remove the rows of deleted, finished jobs. Their sums stay (see ``totals.py``), for a day their places."""
         from server.jobs.totals import add_to_deleted
 
-        condition = and_(Job.id.in_(job_ids), _HIDDEN, Job.status.in_(_TERMINAL_NAMES))
+        removable = and_(Job.id.in_(job_ids), _HIDDEN, Job.status.in_(_TERMINAL_NAMES))
         with self._database.write() as connection:
+            # Locked first: nobody else who forgets the same jobs now may count them too.
+            condition = Job.id.in_(connection.scalars(select(Job.id).where(removable).with_for_update()).all())
             add_to_deleted(connection, condition)
+            places = select(Job.id, Job.seq, Job.deleted_at).where(condition)
+            connection.execute(insert(DeletedJob).from_select(["id", "seq", "deleted_at"], places))
+            connection.execute(delete(DeletedJob).where(DeletedJob.deleted_at < database_now() - CURSOR_KEPT_S))
             return connection.execute(delete(Job).where(condition)).rowcount
 
     def _waiting_ids(self, condition: ColumnElement[bool], limit: int) -> list[tuple[str, int]]:

@@ -8,8 +8,8 @@ from medsora.errors import RequestError
 from medsora.manifest import Manifest
 from medsora.request import frames_for_seconds, random_seed, resolve_label, resolve_request
 from server.checkpoints import Catalogue, ServedCheckpoint
-from server.errors import NotFoundError, OverloadedError, RequestRefusedError, UnavailableError
-from server.jobs.model import TERMINAL, is_job_id
+from server.errors import NotFoundError, NotReadyError, OverloadedError, RequestRefusedError, UnavailableError
+from server.jobs.model import TERMINAL, JobStatus, is_job_id
 from server.jobs.repository import JobRecord, JobRepository, QueueFullError, Removal
 from server.storage import ArtifactStore
 
@@ -83,8 +83,31 @@ class JobService:
             OverloadedError: Too many jobs wait.
             UnavailableError: Too little room on the disk.
         """
-        checkpoint = self._find_checkpoint(order.model)
-        values = _resolve(checkpoint, order)
+        return self._accept(_resolve(self._find_checkpoint(order.model), order))
+
+    def remix(self, job_id: str, prompt: str) -> JobRecord:
+        """Accept a job that differs from a completed one in its label alone: same model, seed and settings.
+
+        Raises:
+            NotFoundError: There is no such job (any more).
+            NotReadyError: It is not completed.
+            ServiceError: As :meth:`submit`; a changed set of models may not allow what was allowed then.
+        """
+        source = self.get_completed(job_id)
+        order = VideoOrder(
+            prompt=prompt,
+            model=source.model,
+            size=(source.width, source.height),
+            num_frames=source.num_frames,
+            fps=source.fps,
+            seed=source.seed,
+            num_inference_steps=source.num_inference_steps,
+            guidance_scale=source.guidance_scale,
+            sampler=source.sampler,
+        )
+        return self._accept({**_resolve(self._find_checkpoint(order.model), order), "remixed_from": source.id})
+
+    def _accept(self, values: dict[str, object]) -> JobRecord:
         if self._store.free_bytes() < self._min_free_bytes:
             raise UnavailableError(
                 "There is too little free disk space to take more jobs.", code="storage_full", retry_after_ms=10_000
@@ -106,6 +129,19 @@ class JobService:
         job = self._repository.get(job_id) if is_job_id(job_id) else None
         if job is None:
             raise _not_found(job_id)
+        return job
+
+    def get_completed(self, job_id: str) -> JobRecord:
+        """The job of that id, whose video is there.
+
+        Raises:
+            NotFoundError: There is no such job (any more).
+            NotReadyError: It is not completed, or never will be.
+        """
+        job = self.get(job_id)
+        if job.status is not JobStatus.SUCCEEDED:
+            code = "video_failed" if job.status in TERMINAL else "video_not_ready"
+            raise NotReadyError(f"The video {job_id} has no content: it is {job.status.value}.", code=code)
         return job
 
     def poll_after_ms(self, job: JobRecord) -> int:

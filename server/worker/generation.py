@@ -7,8 +7,11 @@ lease runs out and the reaper settles it.
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from celery.exceptions import SoftTimeLimitExceeded
@@ -21,11 +24,14 @@ from medsora.video_io import probe_video, write_mp4
 from server.errors import without_folders
 from server.jobs.queue import JobQueue, QueueError
 from server.jobs.repository import Claim, FinishedWork
-from server.storage import ArtifactInfo, StorageFullError
+from server.storage import ArtifactInfo, StorageFullError, Variant
 from server.worker.progress import ClaimKeeper, ClaimLost, JobCanceled, WorkerStopping
 from server.worker.runtime import WorkerRuntime
+from server.worker.stills import read_size, write_spritesheet, write_thumbnail
 
 __all__ = ["run_job"]
+
+Frames = np.ndarray[Any, np.dtype[np.uint8]]
 
 logger = logging.getLogger(__name__)
 
@@ -89,54 +95,74 @@ def _make(runtime: WorkerRuntime, claim: Claim, keeper: ClaimKeeper) -> Finished
     sampled = time.monotonic()
     keeper.check()
     metadata = clip_metadata(request, model=checkpoint.name, model_sha256=checkpoint.sha256)
-    encoded = 0.0
-
-    def write(path: Path) -> None:
-        nonlocal encoded
-        encode_began = time.monotonic()
-        write_mp4(path, frames, fps=job.fps, metadata=metadata)
-        encoded = time.monotonic() - encode_began
-
     store_began = time.monotonic()
-    info = _store(runtime, claim, frames, write)
+    try:
+        stored, encode_s = _store(runtime, claim, frames, metadata)
+    except BaseException:
+        with suppress(OSError):  # the reaper removes what stays
+            runtime.store.remove_attempt(job.id, claim.token)
+        raise
+    video = stored[Variant.VIDEO]
     return FinishedWork(
-        artifact=info.name,
-        size_bytes=info.size_bytes,
-        sha256=info.sha256,
+        artifact=video.name,
+        size_bytes=video.size_bytes,
+        sha256=video.sha256,
+        thumbnail_sha256=stored[Variant.THUMBNAIL].sha256,
+        spritesheet_sha256=stored[Variant.SPRITESHEET].sha256,
         sampling_s=sampled - began,
-        encode_s=encoded,
-        store_s=time.monotonic() - store_began - encoded,
+        encode_s=encode_s,
+        store_s=time.monotonic() - store_began - encode_s,
     )
 
 
 def _store(
-    runtime: WorkerRuntime,
-    claim: Claim,
-    frames: np.ndarray[tuple[int, ...], np.dtype[np.uint8]],
-    write: Callable[[Path], None],
-) -> ArtifactInfo:
-    def check(path: Path) -> None:
+    runtime: WorkerRuntime, claim: Claim, frames: Frames, metadata: Mapping[str, str]
+) -> tuple[dict[Variant, ArtifactInfo], float]:
+    """Write all files of a clip; returns what was written, and the seconds that encoding took."""
+    job = claim.job
+    encode_s = 0.0
+
+    def write(variant: Variant, path: Path) -> None:
+        nonlocal encode_s
+        began = time.monotonic()
+        if variant is Variant.VIDEO:
+            write_mp4(path, frames, fps=job.fps, metadata=metadata)
+        elif variant is Variant.THUMBNAIL:
+            write_thumbnail(path, frames, metadata=metadata)
+        else:
+            write_spritesheet(path, frames, metadata=metadata)
+        encode_s += time.monotonic() - began
+
+    def check(variant: Variant, path: Path) -> None:
+        if variant is not Variant.VIDEO:
+            read_size(path)
+            return
         info = probe_video(path)
         if (info.num_frames, info.height, info.width) != frames.shape[:3]:
             raise VideoError(f"the file holds {info.num_frames} frames of {info.width}x{info.height}")
         if "comment" not in info.metadata:
             raise VideoError("the file does not say that it is synthetic")
 
+    stored = {}
     try:
-        return runtime.store.write(claim.job.id, claim.token, write, check)
+        for variant in Variant:
+            stored[variant] = runtime.store.write(
+                job.id, claim.token, partial(write, variant), partial(check, variant), variant=variant
+            )
     except VideoError as error:
         # Some writers notice a full disk only by a file that is cut off.
         if runtime.store.free_bytes() < frames.nbytes:
             raise StorageFullError("no room for the video") from error
         raise
+    return stored, encode_s
 
 
 def _withdraw(runtime: WorkerRuntime, claim: Claim, artifact: str) -> None:
-    """The result was not taken: remove its file, unless it was taken after all and only the answer was lost."""
+    """The result was not taken: remove its files, unless it was taken after all and only the answer was lost."""
     published, _ = runtime.repository.referenced([claim.job.id]).get(claim.job.id, (None, None))
     if published == artifact:
         return
-    runtime.store.remove(artifact)
+    runtime.store.remove_attempt(claim.job.id, claim.token)
     _settle(lambda: runtime.repository.finish_cancel(claim.job.id, claim.token))
     logger.warning("the result of %s was not wanted any more", claim.job.id)
 

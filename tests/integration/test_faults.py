@@ -23,12 +23,14 @@ LONG = 250  # steps: a few seconds of the tiny model
 
 
 def assert_made_once(server: "RunningServer", job_ids: list[str]) -> None:
-    """Every job succeeded and has exactly one file, the one that its row names, with the size it names."""
+    """Every job succeeded and has the files of one attempt, that of the video its row names, with the size it names."""
     jobs = [server.job(job_id) for job_id in job_ids]
     assert Counter(job.status.value for job in jobs) == {"succeeded": len(job_ids)}
     for job in jobs:
         assert job.artifact is not None
-        assert [name for name in server.files() if job.id in name] == [job.artifact]
+        endings = (".mp4", ".spritesheet.jpg", ".thumbnail.webp")
+        made = [job.artifact.removesuffix(".mp4") + ending for ending in endings]
+        assert sorted(name for name in server.files() if job.id in name) == made
         assert server.store.path(job.artifact).stat().st_size == job.size_bytes
 
 

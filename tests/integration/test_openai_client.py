@@ -1,6 +1,7 @@
 """The unmodified OpenAI client against real processes."""
 
 import hashlib
+import io
 import json
 import time
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import openai
 import pytest
+from PIL import Image
 
 from medsora.video_io import probe_video
 
 if TYPE_CHECKING:
-    from conftest import RunningServer
+    from conftest import RunningServer, StartServer
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")]
 
@@ -56,6 +58,128 @@ def test_list_pages_by_itself_and_deleted_videos_are_gone(server: "RunningServer
         with pytest.raises(openai.NotFoundError, match="There is no video"):
             server.client.videos.retrieve(job_id)
     assert [name for name in server.files() if any(job_id in name for job_id in ids)] == []
+
+
+def test_iterating_while_deleting_reaches_every_video(server: "RunningServer") -> None:
+    ids = [server.submit(seed=seed) for seed in range(5)]
+    seen = []
+    for video in server.client.videos.list(limit=2, order="asc", after=ids[0]):
+        seen.append(video.id)
+        server.client.videos.delete(video.id)
+    assert seen == ids[1:]
+    server.client.videos.delete(ids[0])
+
+
+def test_thumbnail_and_spritesheet(server: "RunningServer") -> None:
+    video = server.client.videos.create_and_poll(prompt="covid lung")
+    for variant, kind, size in (("thumbnail", "WEBP", (32, 32)), ("spritesheet", "JPEG", (128, 128))):
+        response = server.client.videos.download_content(video.id, variant=variant)  # type: ignore[arg-type]
+        content = response.read()
+        with Image.open(io.BytesIO(content)) as image:
+            assert (image.format, image.size) == (kind, size)
+            assert "no patient" in image.getexif()[0x010E]
+        assert response.response.headers["content-type"] == f"image/{kind.lower()}"
+        url = f"/v1/videos/{video.id}/content?variant={variant}"
+        part = server.http.get(url, headers={"range": "bytes=10-19", "if-range": response.response.headers["etag"]})
+        assert (part.status_code, part.content) == (206, content[10:20])
+    with pytest.raises(openai.BadRequestError, match="allowed: video, thumbnail, spritesheet"):
+        server.client.videos.download_content(video.id, variant="gif")  # type: ignore[arg-type]
+    server.client.videos.delete(video.id)
+    assert [name for name in server.files() if video.id in name] == []
+
+
+def test_remix(server: "RunningServer") -> None:
+    extra = {"seed": 21, "num_inference_steps": 5}
+    source: Any = server.client.videos.create_and_poll(prompt="covid lung", extra_body=extra)
+    made: Any = server.client.videos.remix(source.id, prompt="regular convex")
+    assert (made.remixed_from_video_id, made.label, made.seed, made.num_inference_steps) == (
+        source.id, "regular-convex", 21, 5,
+    )  # fmt: skip
+    done: Any = server.client.videos.poll(made.id)
+    assert (done.status, done.remixed_from_video_id) == ("completed", source.id)
+    assert done.sha256 != source.sha256
+    same: Any = server.client.videos.poll(server.client.videos.remix(made.id, prompt="covid lung").id)
+    assert same.sha256 == source.sha256, "seed or settings were not kept"
+    with pytest.raises(openai.BadRequestError, match="no label 'a cat'; allowed: regular-convex, covid-convex"):
+        server.client.videos.remix(source.id, prompt="a cat")
+    server.client.videos.delete(source.id)
+    with pytest.raises(openai.NotFoundError, match="There is no video"):
+        server.client.videos.remix(source.id, prompt="covid lung")
+    slow = server.submit(steps=1000)
+    with pytest.raises(openai.ConflictError, match="has no content: it is"):
+        server.client.videos.remix(slow, prompt="covid lung")
+    server.client.videos.delete(slow)
+
+
+def test_what_needs_a_video_to_start_from_is_refused(server: "RunningServer") -> None:
+    reason = "the served checkpoints .*make videos from a label alone"
+    picture = ("a.png", b"x" * 300_000, "image/png")
+    with pytest.raises(openai.BadRequestError, match=reason) as caught:
+        server.client.videos.create(prompt="covid lung", input_reference=picture)
+    assert (caught.value.param, caught.value.code) == ("input_reference", "invalid_input_reference")
+    with pytest.raises(openai.BadRequestError, match=reason) as caught:
+        server.client.videos.edit(prompt="covid lung", video=picture)
+    assert caught.value.code == "edits_not_supported"
+    with pytest.raises(openai.BadRequestError, match=reason) as caught:
+        server.client.videos.extend(prompt="covid lung", seconds="4", video=picture)
+    assert caught.value.code == "extensions_not_supported"
+    with pytest.raises(openai.BadRequestError, match=reason):
+        server.client.videos.create_character(name="a", video=picture)
+    with pytest.raises(openai.NotFoundError, match="no characters"):
+        server.client.videos.get_character("char_1")
+
+
+def test_extra_body_as_the_client_flattens_it(server: "RunningServer") -> None:
+    extra = {"seed": 3, "extra_params": {"num_inference_steps": 6}, "width": 32, "height": 32, "n": 1, "stream": False}
+    neutral = {"negative_prompt": "", "lora": None, "metadata": {}, "return_stage_metrics": False}
+    video: Any = server.client.videos.create(prompt="covid lung", extra_body={**extra, **neutral})
+    assert (video.seed, video.num_inference_steps, video.size) == (3, 6, "32x32")
+    server.client.videos.delete(video.id)
+    for field, value in {
+        "metadata": {"a": "b"},
+        "lora": ["x"],
+        "flow_shift": 3,
+        "seed": [1, 2],
+        "labels": ["a"],
+    }.items():
+        with pytest.raises(openai.BadRequestError, match=f"{field}: ") as caught:
+            server.client.videos.create(prompt="covid lung", extra_body={field: value})
+        assert caught.value.param == field
+
+
+def test_poll_interval_and_request_id_reach_the_client(server: "RunningServer") -> None:
+    server.wait_for(server.submit(), "succeeded")
+    slow = server.submit(steps=1000)
+    raw = server.client.videos.with_raw_response.retrieve(slow)
+    assert 200 <= int(raw.headers["openai-poll-after-ms"]) <= 5000
+    assert str(raw.request_id).startswith("req_")
+    server.client.videos.delete(slow)
+
+
+def test_full_queue_is_waited_out_by_the_client_and_costs_one_job(start_server: "StartServer") -> None:
+    server = start_server(MEDSORA_MAX_QUEUED_JOBS="1")
+    running = server.submit(steps=1000)
+    server.wait_for(running, "running")
+    waiting = server.submit()
+    statuses = []
+
+    def answered(response: httpx.Response) -> None:
+        statuses.append(response.status_code)
+        if len(statuses) == 1:
+            server.repository.request_cancel(waiting)
+
+    with (
+        httpx.Client(event_hooks={"response": [answered]}) as http,
+        openai.OpenAI(base_url=server.url, api_key="any", http_client=http) as client,
+    ):
+        began = time.monotonic()
+        made = client.videos.create(prompt="covid lung")
+    assert statuses == [429, 200]
+    assert time.monotonic() - began > 1.5, "retry-after-ms was not heeded"
+    jobs = server.repository.page(limit=10, after=None, newest_first=True)
+    assert jobs is not None
+    assert [job.id for job in jobs[0]] == [made.id, waiting, running]
+    server.repository.request_cancel(running)
 
 
 def test_download_of_a_part(server: "RunningServer") -> None:

@@ -18,6 +18,7 @@ from server.app import create_app
 from server.jobs.model import new_job_id
 from server.jobs.repository import FinishedWork
 from server.settings import Settings
+from server.storage import Variant
 
 CONTENT = bytes(range(256)) * 4
 
@@ -33,15 +34,32 @@ def create(client: TestClient, **fields: Any) -> str:
     return str(response.json()["id"])
 
 
-def complete(client: TestClient, content: bytes = CONTENT) -> str:
+def accept(path: Path) -> None:
+    assert path.is_file()
+
+
+def complete(client: TestClient, content: bytes = CONTENT, *, stills: bool = True, **fields: Any) -> str:
     """A job that a worker has finished."""
-    job_id = create(client)
+    job_id = create(client, **fields)
     services = services_of(client)
     claim = services.repository.claim(job_id, worker="w")
     assert claim is not None
-    info = services.store.write(job_id, claim.token, lambda path: path.write_bytes(content) and None, lambda path: None)
+    stored = {}
+    for variant in Variant if stills else (Variant.VIDEO,):
+        data = content if variant is Variant.VIDEO else variant.encode() + content
+        stored[variant] = services.store.write(
+            job_id, claim.token, lambda path, data=data: path.write_bytes(data) and None, accept, variant=variant
+        )
+    info = stored[Variant.VIDEO]
     work = FinishedWork(
-        artifact=info.name, size_bytes=info.size_bytes, sha256=info.sha256, sampling_s=0.5, encode_s=0.1, store_s=0.1
+        artifact=info.name,
+        size_bytes=info.size_bytes,
+        sha256=info.sha256,
+        thumbnail_sha256=stored[Variant.THUMBNAIL].sha256 if stills else None,
+        spritesheet_sha256=stored[Variant.SPRITESHEET].sha256 if stills else None,
+        sampling_s=0.5,
+        encode_s=0.1,
+        store_s=0.1,
     )
     assert services.repository.succeed(job_id, claim.token, work)
     return job_id
@@ -215,12 +233,159 @@ def test_content_that_does_not_exist(client: TestClient) -> None:
     assert (response.status_code, response.json()["error"]["code"]) == (404, "content_missing")
 
 
-@pytest.mark.parametrize("variant", ["thumbnail", "spritesheet", "gif"])
-def test_other_variants_are_refused(client: TestClient, variant: str) -> None:
-    response = client.get(f"/v1/videos/{complete(client)}/content", params={"variant": variant})
+@pytest.mark.parametrize(
+    ("variant", "kind", "ending"),
+    [("thumbnail", "image/webp", ".thumbnail.webp"), ("spritesheet", "image/jpeg", ".spritesheet.jpg")],
+)
+def test_stills_are_downloaded_like_the_video(client: TestClient, variant: str, kind: str, ending: str) -> None:
+    job_id = complete(client)
+    url, content = f"/v1/videos/{job_id}/content?variant={variant}", variant.encode() + CONTENT
+    response = client.get(url)
+    assert (response.status_code, response.content) == (200, content)
+    assert response.headers["content-type"] == kind
+    assert f"{job_id}{ending}" in response.headers["content-disposition"]
+    etag = response.headers["etag"]
+    assert etag == f'"{hashlib.sha256(content).hexdigest()}"'
+    assert client.get(url, headers={"if-none-match": etag}).status_code == 304
+    part = client.get(url, headers={"range": "bytes=2-5"})
+    assert (part.status_code, part.content) == (206, content[2:6])
+    assert client.get(url, headers={"range": "bytes=9999-"}).status_code == 416
+    assert client.head(url).headers["content-length"] == str(len(content))
+    assert client.delete(f"/v1/videos/{job_id}").status_code == 200
+    assert client.get(url).status_code == 404
+
+
+def test_stills_of_an_unfinished_job(client: TestClient) -> None:
+    response = client.get(f"/v1/videos/{create(client)}/content?variant=thumbnail")
+    assert (response.status_code, response.json()["error"]["code"]) == (409, "video_not_ready")
+    assert response.headers["x-should-retry"] == "false"
+
+
+def test_stills_that_an_older_version_did_not_make(client: TestClient) -> None:
+    job_id = complete(client, stills=False)
+    response = client.get(f"/v1/videos/{job_id}/content?variant=thumbnail")
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "content_missing")
+    assert "download variant=video" in response.json()["error"]["message"]
+    assert client.get(f"/v1/videos/{job_id}/content?variant=video").content == CONTENT
+
+
+def test_other_variants_are_refused(client: TestClient) -> None:
+    response = client.get(f"/v1/videos/{complete(client)}/content", params={"variant": "gif"})
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "variant"
-    assert "allowed: video" in response.json()["error"]["message"]
+    assert "allowed: video, thumbnail, spritesheet" in response.json()["error"]["message"]
+
+
+def remix(client: TestClient, video_id: str, kind: str = "json", **fields: Any) -> Any:
+    options = {"json": fields} if kind == "json" else {"files": {name: (None, text) for name, text in fields.items()}}
+    return client.post(f"/v1/videos/{video_id}/remix", **options)  # type: ignore[arg-type]
+
+
+SAME = ("model", "seed", "size", "seconds", "num_frames", "fps", "num_inference_steps", "guidance_scale", "sampler")
+
+
+@pytest.mark.parametrize("kind", ["json", "multipart"])
+def test_remix_changes_the_label_alone(client: TestClient, kind: str) -> None:
+    source_id = complete(client, seed=41, num_inference_steps=7, guidance_scale=2.5, sampler="heun")
+    source = client.get(f"/v1/videos/{source_id}").json()
+    assert source["remixed_from_video_id"] is None
+    response = remix(client, source_id, kind, prompt="Regular convex")
+    assert response.status_code == 200, response.text
+    made = response.json()
+    assert (made["status"], made["progress"], made["remixed_from_video_id"]) == ("queued", 0, source_id)
+    assert (made["prompt"], made["label"], source["label"]) == ("Regular convex", "regular-convex", "covid-convex")
+    assert {name: made[name] for name in SAME} == {name: source[name] for name in SAME}
+    assert made["seed"] == 41
+    assert made["id"] != source_id
+    client.delete(f"/v1/videos/{source_id}")
+    assert client.get(f"/v1/videos/{made['id']}").json()["remixed_from_video_id"] == source_id
+
+
+def test_remix_of_what_is_not_there(client: TestClient) -> None:
+    deleted = complete(client)
+    client.delete(f"/v1/videos/{deleted}")
+    for video_id in (new_job_id(), "x", deleted):
+        response = remix(client, video_id, prompt="covid-convex")
+        assert (response.status_code, response.json()["error"]["code"]) == (404, "video_not_found")
+
+
+def test_remix_of_what_is_not_completed(client: TestClient) -> None:
+    waiting, canceled = create(client), create(client)
+    services_of(client).jobs.cancel(canceled)
+    for video_id, code in ((waiting, "video_not_ready"), (canceled, "video_failed")):
+        response = remix(client, video_id, prompt="covid-convex")
+        assert (response.status_code, response.json()["error"]["code"]) == (409, code)
+        assert response.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "part"),
+    [
+        ({"prompt": "a cat"}, "prompt", "no label 'a cat'; allowed: regular-convex, covid-convex"),
+        ({"prompt": " "}, "prompt", "must not be empty"),
+        ({}, "prompt", "is required"),
+        ({"prompt": "covid-convex", "seed": "3"}, "seed", "is taken from the video that is remixed; allowed: prompt"),
+        ({"prompt": "covid-convex", "size": "32x32"}, "size", "is taken from the video"),
+        ({"prompt": "covid-convex", "extra_body": {"seed": 3}}, "seed", "is taken from the video"),
+        ({"prompt": "covid-convex", "stepz": "3"}, "stepz", "not a known field"),
+    ],
+)
+def test_remix_refuses_by_name(client: TestClient, fields: dict[str, Any], param: str, part: str) -> None:
+    source = complete(client)
+    response = remix(client, source, **fields)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert part in response.json()["error"]["message"]
+    assert [video["id"] for video in client.get("/v1/videos").json()["data"]] == [source]
+
+
+def test_remix_respects_the_length_of_the_queue(client: TestClient) -> None:
+    source = complete(client)
+    for _ in range(5):
+        create(client)
+    response = remix(client, source, prompt="covid-convex")
+    assert (response.status_code, response.json()["error"]["code"]) == (429, "queue_full")
+    assert response.headers["x-should-retry"] == "true"
+
+
+@pytest.mark.parametrize("what", ["edits", "extensions", "characters"])
+def test_what_starts_from_a_video_is_refused(client: TestClient, what: str) -> None:
+    response = client.post(f"/v1/videos/{what}", data={"prompt": "x"}, files={"video": ("a.mp4", b"0" * 100_000)})
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["type"]) == (
+        400,
+        f"{what}_not_supported",
+        "invalid_request_error",
+    )
+    assert "the served checkpoints (tiny) make videos from a label alone" in error["message"]
+    assert client.get("/v1/videos").json()["data"] == []
+
+
+def test_there_are_no_characters(client: TestClient) -> None:
+    response = client.get("/v1/videos/characters/char_1")
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "character_not_found")
+
+
+def test_who_deletes_while_paging_still_gets_to_the_end(client: TestClient) -> None:
+    ids = [create(client) for _ in range(5)]
+    seen: list[str] = []
+    after = None
+    while True:
+        page = client.get("/v1/videos", params={"limit": 2, **({"after": after} if after else {})}).json()
+        seen += [video["id"] for video in page["data"]]
+        for video in page["data"]:
+            client.delete(f"/v1/videos/{video['id']}")
+        if not page["has_more"]:
+            break
+        after = page["last_id"]
+    assert seen == ids[::-1]
+
+
+def test_canceled_jobs_are_listed_as_failed(client: TestClient) -> None:
+    job_id = create(client)
+    services_of(client).jobs.cancel(job_id)
+    (video,) = client.get("/v1/videos").json()["data"]
+    assert (video["status"], video["error"]["code"]) == ("failed", "cancelled")
+    assert client.get(f"/v1/videos/{job_id}").headers["openai-poll-after-ms"] == "200"
 
 
 def test_delete_removes_the_file(client: TestClient) -> None:
@@ -398,6 +563,8 @@ def test_bug_becomes_a_500_with_an_id(client: TestClient, monkeypatch: pytest.Mo
     assert response.status_code == 500
     assert response.json()["error"]["code"] == "internal_error"
     assert "secret detail" not in response.text
+    assert response.headers["x-should-retry"] == "false"
+    assert response.headers["x-request-id"] in response.text
     assert response.headers["x-request-id"] in response.json()["error"]["message"]
 
 
@@ -419,8 +586,9 @@ def test_locked_database_is_told_as_503(settings: Settings, monkeypatch: pytest.
 
 
 def test_openapi_describes_both_bodies(client: TestClient) -> None:
-    body = client.get("/openapi.json").json()["paths"]["/v1/videos"]["post"]["requestBody"]
-    assert set(body["content"]) == {"multipart/form-data", "application/json"}
+    paths = client.get("/openapi.json").json()["paths"]
+    for path in ("/v1/videos", "/v1/videos/{video_id}/remix"):
+        assert set(paths[path]["post"]["requestBody"]["content"]) == {"multipart/form-data", "application/json"}
 
 
 def test_http_process_does_not_load_torch() -> None:

@@ -4,17 +4,19 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import func, insert, select, text
+from sqlalchemy import func, insert, inspect, select, text
 
 from server.jobs import migrations
 from server.jobs.database import Database, database_now, migrate
 from server.jobs.model import Base, WorkerProcess
+from server.jobs.repository import JobRepository
 from server.jobs.workers import WorkerRegistry
 
 
@@ -60,6 +62,25 @@ def test_an_older_database_is_brought_up_to_date(database: Database) -> None:
     migrate(database)
     (record,) = WorkerRegistry(database, heartbeat_s=60.0).alive()
     assert (record.id, record.warm_up_s) == ("old", {})
+
+
+def test_jobs_of_an_older_database_are_kept_without_stills(
+    database: Database, repository: JobRepository, job_values: dict[str, Any]
+) -> None:
+    job = repository.add(job_values, max_queued=10)
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    with database.write() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0002")
+    with database.read() as connection:
+        assert "remixed_from" not in {column["name"] for column in inspect(connection).get_columns("jobs")}
+        assert not inspect(connection).has_table("deleted_jobs")
+    migrate(database)
+    kept = repository.get(job.id)
+    assert kept == job
+    assert (job.remixed_from, job.thumbnail_sha256, job.spritesheet_sha256) == (None, None, None)
+    assert repository.add(job_values, max_queued=10).seq > job.seq
 
 
 def test_processes_may_migrate_at_the_same_time(tmp_path: Path) -> None:

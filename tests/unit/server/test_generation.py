@@ -1,5 +1,6 @@
 """One job from claim to commit, with a model that does as it is told."""
 
+import errno
 import json
 import resource
 import subprocess
@@ -13,15 +14,18 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from celery.exceptions import SoftTimeLimitExceeded
+from PIL import Image
 from sqlalchemy.exc import OperationalError
 
 from medsora.errors import BackendError, CheckpointError, VideoError
+from medsora.files import sha256_of
+from medsora.provenance import SYNTHETIC_NOTE
 from medsora.video_io import probe_video
 from server.checkpoints import Catalogue
 from server.jobs.model import JobStatus
 from server.jobs.repository import JobRecord, JobRepository
 from server.settings import Settings
-from server.storage import ArtifactStore
+from server.storage import ArtifactStore, Variant
 from server.worker.generation import run_job
 from server.worker.runtime import WorkerRuntime
 
@@ -74,7 +78,12 @@ class Bench:
         return job
 
     def files(self) -> list[str]:
-        return [path.name for path in self.store.root.rglob("*") if path.is_file()]
+        return sorted(path.name for path in self.store.root.rglob("*") if path.is_file())
+
+
+def files_of(job_id: str, attempt: int) -> list[str]:
+    """Names of all that is made of one clip."""
+    return [f"{job_id}.{attempt}.{ending}" for ending in ("mp4", "spritesheet.jpg", "thumbnail.webp")]
 
 
 @pytest.fixture
@@ -86,7 +95,7 @@ def test_job_becomes_a_checked_video_that_says_what_it_is(bench: Bench, add_job:
     job = bench.run(add_job(seed=99))
     assert (job.status, job.attempt, job.steps_done) == (JobStatus.SUCCEEDED, 1, 4)
     assert job.artifact is not None
-    assert bench.files() == [f"{job.id}.1.mp4"]
+    assert bench.files() == files_of(job.id, 1)
     path = bench.store.path(job.artifact)
     assert path.stat().st_size == job.size_bytes
     info = probe_video(path)
@@ -98,6 +107,40 @@ def test_job_becomes_a_checked_video_that_says_what_it_is(bench: Bench, add_job:
     assert job.encode_s is not None
     assert job.store_s is not None
     assert min(job.sampling_s, job.encode_s, job.store_s) >= 0
+
+
+def test_stills_are_made_with_the_video_and_say_what_they_are(bench: Bench, add_job: AddJob) -> None:
+    jobs = [bench.run(add_job(seed=99)) for _ in range(2)]
+    assert jobs[0].thumbnail_sha256 == jobs[1].thumbnail_sha256, "equal videos must have equal stills"
+    assert jobs[0].spritesheet_sha256 == jobs[1].spritesheet_sha256
+    assert jobs[0].artifact is not None
+    for variant, kind, size, sha256 in (
+        (Variant.THUMBNAIL, "WEBP", (32, 32), jobs[0].thumbnail_sha256),
+        (Variant.SPRITESHEET, "JPEG", (128, 128), jobs[0].spritesheet_sha256),
+    ):
+        path = bench.store.path(jobs[0].artifact, variant)
+        assert sha256_of(path) == sha256
+        with Image.open(path) as image:
+            assert (image.format, image.size) == (kind, size)
+            assert np.abs(np.asarray(image.convert("RGB")).astype(int) - 128).max() <= 3
+            assert image.getexif()[0x010E] == SYNTHETIC_NOTE
+            packet = image.info["xmp"].decode()
+        assert "digitalsourcetype/trainedAlgorithmicMedia" in packet
+        assert '"seed": 99' in packet
+
+
+def test_still_that_cannot_be_made_fails_the_job_and_leaves_nothing(
+    bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import server.worker.generation as generation
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(generation, "write_spritesheet", full)
+    job = bench.run(add_job())
+    assert (job.status, job.error_code) == (JobStatus.FAILED, "storage_full")
+    assert bench.files() == []
 
 
 def test_second_message_does_nothing(bench: Bench, add_job: AddJob) -> None:
@@ -149,7 +192,7 @@ def test_late_worker_removes_its_own_file_and_nothing_else(
     monkeypatch.setattr(generation, "write_mp4", overtaken)
     job = bench.run(job_id)
     assert (job.status, job.attempt) == (JobStatus.SUCCEEDED, 2)
-    assert bench.files() == [f"{job_id}.2.mp4"]
+    assert bench.files() == files_of(job_id, 2)
 
 
 def test_lost_answer_to_a_commit_does_not_cost_the_file(
@@ -169,7 +212,7 @@ def test_lost_answer_to_a_commit_does_not_cost_the_file(
     job = bench.run(add_job())
     assert len(calls) == 2
     assert job.status is JobStatus.SUCCEEDED
-    assert bench.files() == [f"{job.id}.1.mp4"]
+    assert bench.files() == files_of(job.id, 1)
 
 
 def test_job_is_left_to_the_reaper_while_its_table_cannot_be_written(

@@ -15,7 +15,7 @@ from server.jobs.repository import FinishedWork, JobRepository
 from server.jobs.workers import WorkerRegistry
 from server.reaper import Reaper
 from server.settings import Settings
-from server.storage import ArtifactStore
+from server.storage import ArtifactStore, Variant
 
 AddJob = Callable[..., str]
 
@@ -70,12 +70,21 @@ def make_older(database: Database) -> Callable[[float], None]:
     return move
 
 
-def put(store: ArtifactStore, job_id: str, attempt: int, *, age_s: float = 1000.0, partial: bool = False) -> Path:
-    path = store.path(
-        store.write(job_id, attempt, lambda path: path.write_bytes(b"x") and None, lambda path: None).name
+def put(
+    store: ArtifactStore,
+    job_id: str,
+    attempt: int,
+    *,
+    age_s: float = 1000.0,
+    partial: bool = False,
+    variant: Variant = Variant.VIDEO,
+) -> Path:
+    info = store.write(
+        job_id, attempt, lambda path: path.write_bytes(b"x") and None, lambda path: None, variant=variant
     )
+    path = store.path(info.name)
     if partial:
-        path = path.rename(path.with_suffix(".part.mp4"))
+        path = path.rename(path.with_suffix(f".part{path.suffix}"))
     os.utime(path, (path.stat().st_mtime - age_s,) * 2)
     return path
 
@@ -187,11 +196,19 @@ def test_only_files_that_belong_to_no_job_are_removed(
     repository.claim(running, worker="w")
     kept = [
         put(store, done, 1),
+        put(store, done, 1, variant=Variant.THUMBNAIL),
+        put(store, done, 1, variant=Variant.SPRITESHEET),
         put(store, running, 1, partial=True),
         put(store, new_job_id(), 1, age_s=0.0),  # too young to judge
         put(store, new_job_id(), 1, age_s=0.0, partial=True),
     ]
-    gone = [put(store, done, 2), put(store, new_job_id(), 1), put(store, new_job_id(), 1, partial=True)]
+    gone = [
+        put(store, done, 2),
+        put(store, done, 2, variant=Variant.THUMBNAIL),
+        put(store, new_job_id(), 1),
+        put(store, new_job_id(), 1, variant=Variant.SPRITESHEET),
+        put(store, new_job_id(), 1, partial=True),
+    ]
     reaper.sweep()
     assert [path for path in kept if not path.exists()] == []
     assert [path for path in gone if path.exists()] == []

@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import update
 
 from server.jobs.database import Database, database_now
-from server.jobs.model import Job, JobStatus, new_job_id
+from server.jobs.model import DeletedJob, Job, JobStatus, new_job_id
 from server.jobs.repository import FinishedWork, JobRecord, JobRepository, QueueFullError, Removal
 from server.jobs.totals import read_totals
 
@@ -209,6 +209,24 @@ def test_pages_meet_without_gap_or_overlap(repository: JobRepository, add_job: A
     assert repository.page(limit=2, after=new_job_id(), newest_first=True) is None
 
 
+def test_deleted_job_still_marks_its_place_in_the_list(
+    repository: JobRepository, add_job: AddJob, database: Database
+) -> None:
+    ids = [add_job() for _ in range(4)]
+    for job_id in ids[2:]:
+        repository.request_removal(job_id)
+    assert repository.forget([ids[3]]) == 1
+    for cursor in ids[:1:-1]:  # one that is gone, and one that is only hidden
+        page = repository.page(limit=10, after=cursor, newest_first=True)
+        assert page is not None
+        assert [job.id for job in page[0]] == [ids[1], ids[0]]
+    with database.write() as connection:
+        connection.execute(update(DeletedJob).values(deleted_at=database_now() - 90_000.0))
+    assert repository.forget([ids[2]]) == 1
+    assert repository.page(limit=10, after=ids[3], newest_first=True) is None, "places are kept for ever"
+    assert repository.page(limit=10, after=ids[2], newest_first=True) is not None
+
+
 def test_removal_hides_at_once_and_waits_for_the_worker(
     repository: JobRepository, add_job: AddJob, finished_work: Work
 ) -> None:
@@ -263,3 +281,7 @@ def test_expected_wait_follows_the_pace_of_finished_jobs(
     repository.claim(ahead, worker="w")
     repository.renew(ahead, 1, steps_done=3)
     assert repository.expected_wait_s(fetch(repository, ahead)) == pytest.approx(0.25)
+    assert repository.expected_wait_s(fetch(repository, last)) == pytest.approx(1.25)
+    other = add_job(num_inference_steps=40)
+    repository.claim(other, worker="v")
+    assert repository.expected_wait_s(fetch(repository, last)) == pytest.approx(1.0 + (0.25 + 10.0) / 2)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from server.jobs.model import new_job_id
-from server.storage import ArtifactStore, StorageFullError, job_id_of
+from server.storage import ArtifactStore, StorageFullError, Variant, job_id_of
 
 
 @pytest.fixture
@@ -119,6 +119,30 @@ def test_attempts_of_one_job_are_removed_together(store: ArtifactStore) -> None:
     assert {file.name for file in store.files()} == {names[1], names[2], kept}
     store.remove_attempts(job_id)
     assert {file.name for file in store.files()} == {kept}
+
+
+def test_stills_lie_beside_their_video_and_go_with_it(store: ArtifactStore) -> None:
+    job_id, other = new_job_id(), new_job_id()
+    seen: list[str] = []
+    video = store.write(job_id, 1, write_bytes(b"v"), accept).name
+    for variant in (Variant.THUMBNAIL, Variant.SPRITESHEET):
+        name = store.write(
+            job_id, 1, write_bytes(b"x"), lambda path: seen.append(path.name) or accept(path), variant=variant
+        ).name
+        assert store.path(video, variant) == store.path(name)
+    assert seen == [f"{job_id}.1.thumbnail.part.webp", f"{job_id}.1.spritesheet.part.jpg"]
+    store.path(video, Variant.THUMBNAIL).with_name(seen[0]).write_bytes(b"half")
+    assert {file.video for file in store.files()} == {video}
+    assert [file.is_partial for file in store.files()].count(True) == 1
+    kept = [
+        store.write(job_id, 11, write_bytes(b"v"), accept).name,
+        store.write(other, 1, write_bytes(b"v"), accept).name,
+    ]
+    store.remove_attempt(job_id, 1)
+    assert {file.name for file in store.files()} == set(kept)
+    store.write(job_id, 11, write_bytes(b"x"), accept, variant=Variant.THUMBNAIL)
+    store.remove_attempts(job_id)
+    assert {file.name for file in store.files()} == {kept[1]}
 
 
 def test_files_tell_job_attempt_and_age(store: ArtifactStore) -> None:
