@@ -64,8 +64,14 @@ def describe_labels(conditions: list[dict[str, str]]) -> tuple[Label, ...]:
 
     The words of the lung-ultrasound data are known. There, a finding may be asked for without naming the probe: then
     the first of :data:`PROBES` it was trained with is meant. Labels of other data are called after their values.
+
+    Raises:
+        TrainingError: Two of them would have the same name.
     """
-    if conditions and set(conditions[0]) != {"finding", "probe"}:
+    if not all(
+        set(condition) == {"finding", "probe"} and condition["finding"] in FINDINGS and condition["probe"] in PROBES
+        for condition in conditions
+    ):
         return _plain_labels(conditions)
     labels = []
     named: set[str] = set()
@@ -84,28 +90,20 @@ def describe_labels(conditions: list[dict[str, str]]) -> tuple[Label, ...]:
                     condition={"finding": finding, "probe": probe},
                 )
             )
-    unknown = [condition for condition in conditions if condition not in [label.condition for label in labels]]
-    if unknown:
-        raise TrainingError(f"no words are known for these conditions: {unknown}")
     return tuple(labels)
 
 
 def _plain_labels(conditions: list[dict[str, str]]) -> tuple[Label, ...]:
     """Labels called after their values: ``{"label": "polyp", "light": "NBI"}`` is ``polyp-NBI``."""
-    named: dict[str, dict[str, str]] = {}
+    named: dict[str, Label] = {}
     for condition in conditions:
-        name = "-".join(re.sub(r"[^A-Za-z0-9]+", "_", value).strip("_") or "none" for value in condition.values())
-        if normalise_label(name) in named:
-            raise TrainingError(f"{condition} and {named[normalise_label(name)]} would both be called {name!r}")
-        named[normalise_label(name)] = condition
-    return tuple(
-        Label(
-            name="-".join(re.sub(r"[^A-Za-z0-9]+", "_", value).strip("_") or "none" for value in condition.values()),
-            description=", ".join(f"{key}: {value}" for key, value in condition.items()),
-            condition=condition,
-        )
-        for condition in named.values()
-    )
+        name = "-".join(re.sub(r"[\W_]+", "_", value).strip("_") or "none" for value in condition.values())
+        other = named.get(normalise_label(name))
+        if other is not None:
+            raise TrainingError(f"{condition} and {other.condition} would both be called {name!r}")
+        described = ", ".join(f"{key}: {value}" for key, value in condition.items())
+        named[normalise_label(name)] = Label(name=name, description=described, condition=condition)
+    return tuple(named.values())
 
 
 def training_data_entries(clips: list[dict[str, Any]]) -> tuple[dict[str, str], ...]:

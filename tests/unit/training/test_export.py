@@ -147,9 +147,14 @@ def test_parts_that_do_not_belong_together_are_refused(made: Path, table: Path, 
     assert not (tmp_path / "c").exists()
 
 
-def test_labels_need_words() -> None:
-    with pytest.raises(TrainingError, match="no words are known"):
-        describe_labels([{"finding": "cyst", "probe": "convex"}])
+def test_other_labels_are_called_after_their_values() -> None:
+    conditions = [{"finding": "cyst", "probe": "convex"}, {"finding": "covid", "probe": "convex"}]
+    assert [label.name for label in describe_labels(conditions)] == ["cyst-convex", "covid-convex"]
+    words = [{"label": "Geschw\u00fcr, klein"}, {"label": "\u606f\u8089"}, {"label": "\u6b63\u5e38"}]
+    assert [label.name for label in describe_labels(words)] == ["Geschw\u00fcr_klein", "\u606f\u8089", "\u6b63\u5e38"]
+    assert [label.condition for label in describe_labels(words)] == words
+    with pytest.raises(TrainingError, match="would both be called 'grade_1'"):
+        describe_labels([{"label": "grade 1+"}, {"label": "grade 1-"}])
 
 
 def test_the_command_line_explains_mistakes(table: Path, tmp_path: Path) -> None:
