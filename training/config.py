@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from medsora.config import ModelConfig
+from medsora.geometry import CHUNK_FRAMES, SPATIAL_STRIDE, is_valid_video_shape
 from medsora.jsonconfig import from_json, to_json
 
 __all__ = [
@@ -296,6 +297,12 @@ class TrainConfig:
             f"the model's conditions are {tuple(self.model.condition_names)}",
         )
         denoiser = self.model.denoiser
+        shape = (self.data.num_frames, self.data.height, self.data.width)
+        _require(
+            is_valid_video_shape(*shape, patch_size=denoiser.patch_size),
+            f"data.num_frames must be a multiple of {CHUNK_FRAMES}, data.height and data.width of "
+            f"{SPATIAL_STRIDE * denoiser.patch_size} for patches of {denoiser.patch_size}; got {shape}",
+        )
         _require(
             denoiser.prediction == "velocity" or self.denoiser_loss.clean_prefixes == 0,
             "denoiser_loss.clean_prefixes is for model.denoiser.prediction=velocity: where noise is predicted no time "

@@ -94,6 +94,13 @@ def collect_sets(
         )
         for number, index in enumerate(asked)
     ]
+    ours, test = requests[0], splits["test"]
+    shapes = (ours.num_frames, ours.height, ours.width), (test.num_frames, *test.frames.shape[1:3])
+    if shapes[0] != shapes[1]:
+        raise TrainingError(
+            f"generated clips are {shapes[0]} (frames, height, width), the data's windows {shapes[1]}: set "
+            "data.num_frames, data.height and data.width"
+        )
     report(f"sampling {len(asked)} clips: " + ", ".join(f"{labels[i].name} {asked.count(i)}" for i in sorted({*asked})))
     made: list[np.ndarray] = []
     for start in range(0, len(requests), settings.batch_size):
@@ -115,11 +122,6 @@ def collect_sets(
             clips=cut_windows(clips, windows),
             labels=of_window[name][windows.cpu()],
             units=units_of_windows(clips, windows),
-        )
-    if sets["samples"].clips.shape[1:] != sets["test"].clips.shape[1:]:
-        raise TrainingError(
-            f"generated clips are {tuple(sets['samples'].clips.shape[1:])} (frames, height, width, colours), the "
-            f"data's windows {tuple(sets['test'].clips.shape[1:])}: set data.num_frames, data.height and data.width"
         )
     return sets, requests
 

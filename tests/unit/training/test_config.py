@@ -43,6 +43,8 @@ def test_overrides_replace_values() -> None:
         ("loop.clock=seconds", "needs loop.total_seconds"),
         ("data.sampling_exponent=2", "must be 0 to 1"),
         ("loop.keep_checkpoints=1", "at least 2"),
+        ("data.num_frames=6", "must be a multiple of 8"),
+        ("data.width=72", "data.width of 16 for patches of 2"),
         ("denoiser_loss.clean_prefixes=1", "must be in"),
         ("autoencoder_loss.adversarial=-1", "below 0"),
         ("autoencoder_loss.discriminator_frames=0", "at least 1"),
