@@ -149,7 +149,7 @@ def latents_command(
     name: RecipeArgument,
     data: Annotated[Path, typer.Option(help="Folder of a prepared cache.")],
     autoencoder: Annotated[Path, typer.Option(help="Folder of the autoencoder's run, or a checkpoint.")],
-    average: Annotated[str | None, typer.Option(help="Which of the run's averages; default its first.")] = None,
+    autoencoder_ema: Annotated[str | None, typer.Option(help=f"Of the autoencoder's run. {AVERAGE_HELP}")] = None,
     raft: Annotated[Path | None, typer.Option(help="RAFT-small's weights: keep features of motion, too.")] = None,
     settings: SetOption = None,
     device: DeviceOption = "auto",
@@ -160,7 +160,7 @@ def latents_command(
     from training.runs import ENCODE_BATCH, load_autoencoder
 
     place = _device(device)
-    coder, digest = load_autoencoder(autoencoder, average=average)
+    coder, digest = load_autoencoder(autoencoder, average=autoencoder_ema)
     record = store_latents(
         data, coder.to(place).requires_grad_(False), autoencoder_sha256=digest, data=config.data, device=place,
         batch_size=ENCODE_BATCH,
@@ -281,9 +281,8 @@ def _configure(name: str, settings: list[str] | None, data: Path) -> TrainConfig
     from training.prepare.recipe import fit_recipe
 
     try:
-        config = override(recipe(name), settings or [])
         if not is_cache(data):
-            return config
+            return override(recipe(name), settings or [])
         index = open_cache(data).index
         fitted, said = fit_recipe(recipe(name), index)
         excluded = override(fitted, settings or []).data.excluded_labels

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from training.errors import TrainingError
+from training.weights import read_weights
 
 __all__ = ["FEATURE_SIZE", "SqueezeNet", "load_squeezenet"]
 
@@ -91,14 +91,7 @@ def load_squeezenet(path: Path, *, device: torch.device | str = "cpu") -> Squeez
     Raises:
         TrainingError: No such file, unreadable, or other keys or shapes than SqueezeNet 1.0's.
     """
-    try:
-        if path.suffix == ".safetensors":
-            weights = load_file(path)
-        else:
-            # weights_only: the file can hold tensors and nothing that runs
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen unrelated types for a damaged file
-        raise TrainingError(f"SqueezeNet weights {path} cannot be read: {error}") from error
+    weights = read_weights(path, "SqueezeNet")
     network = SqueezeNet()
     renamed = {
         f"fires.{key.replace('/', '.')}" if key.startswith("fire") else key: value for key, value in weights.items()

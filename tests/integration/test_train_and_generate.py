@@ -95,7 +95,7 @@ def test_from_videos_with_labels_of_ones_own_to_a_clip(tmp_path: Path) -> None:
     assert "train: 3 of the clips are without a scene of 16 frames" in said
     assert "normal mucosa: " in said
     of_coder = ("--data", cache, "--autoencoder", coder)
-    medsora_train("latents", "denoiser_tiny", *of_coder, "--average", "ema-2", "--device", "cpu")
+    medsora_train("latents", "denoiser_tiny", *of_coder, "--autoencoder-ema", "ema-2", "--device", "cpu")
     denoiser = ("medsora-train", "denoiser", "denoiser_tiny", *of_coder, "--autoencoder-ema", "ema-2", "--out", runs,
                 *SHORT, "--set", "loop.ema_half_lives=[6.5, 2]", "--set", "loop.best_metric=test_velocity_mse",
                 "--set")  # fmt: skip
