@@ -50,14 +50,14 @@ def test_no_source_reads_or_writes_pickles(path: Path) -> None:
 
 
 def test_only_weights_of_others_are_read_from_pickles() -> None:
-    """``torch.load``, of weights alone, has three places: published weights have no other format."""
+    """``torch.load``, of weights alone, has two places: published weights have no other format."""
     found = {
         path.relative_to(ROOT).as_posix()
         for path in SOURCES
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and ast.unparse(node).startswith(("torch.load", "torch.serialization"))
     }
-    assert found == {"medsora/released.py", "training/squeezenet.py", "training/weights.py"}
+    assert found == {"medsora/released.py", "training/weights.py"}
 
 
 def test_released_weights_may_come_with_nothing_but_the_arguments_of_their_training() -> None:
