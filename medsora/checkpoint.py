@@ -8,7 +8,6 @@ one that has a manifest is whole.
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from medsora.config import SAMPLERS_OF, ModelConfig, config_from_json, config_to_json
 from medsora.errors import CheckpointError
-from medsora.files import parse_weight_header, read_bounded, sha256_of
+from medsora.files import parse_weight_header, read_bounded, sha256_of, sync, write_file
 from medsora.geometry import SPATIAL_STRIDE, is_valid_video_shape
 from medsora.jsonconfig import to_json
 from medsora.manifest import (
@@ -90,7 +89,7 @@ def save_checkpoint(
     except ValueError as error:
         raise CheckpointError(f"{target}: {error}") from error
     target.mkdir(parents=True, exist_ok=True)
-    _write_whole(target / "config.json", _json_bytes(config_to_json(config)))
+    write_file(target / "config.json", _json_bytes(config_to_json(config)))
     states = {"denoiser.safetensors": denoiser}
     if autoencoder is not None:
         states["autoencoder.safetensors"] = autoencoder
@@ -100,8 +99,7 @@ def save_checkpoint(
             path = Path(scratch) / name
             save_file(tensors, path)
             path.chmod(0o644)  # the library writes 0600; an installed package is read by other users
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(path)
             path.replace(target / name)
     records = {
         name: FileRecord(sha256=sha256_of(target / name), size_bytes=(target / name).stat().st_size)
@@ -109,7 +107,7 @@ def save_checkpoint(
         if name == "config.json" or name in states
     }
     written = replace(manifest, files=records)
-    _write_whole(target / "manifest.json", _json_bytes(to_json(written)))
+    write_file(target / "manifest.json", _json_bytes(to_json(written)))
     return written
 
 
@@ -212,15 +210,6 @@ def _stored(key: str, value: Tensor, dtype: str) -> Tensor:
 
 def _json_bytes(value: object) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.part")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def write_tiny_checkpoint(directory: str | Path, *, seed: int = 0) -> Path:

@@ -1,4 +1,4 @@
-"""Reading the files of a checkpoint: bounded, regular files only, hashed as they are read. Torch-free."""
+"""Files: read bounded, regular ones only; written whole or not at all, and to the disk. Torch-free."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 from medsora.errors import CheckpointError
 
-__all__ = ["parse_weight_header", "read_bounded", "read_weight_header", "sha256_of"]
+__all__ = ["parse_weight_header", "read_bounded", "read_weight_header", "sha256_of", "sync", "write_file"]
 
 # The library itself would take a header of 100 MB with a million tensors, which costs it a gigabyte.
 MAX_HEADER_BYTES = 10 * 2**20
@@ -21,6 +21,31 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file as lower-case hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Bring a file's content, or a folder's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, content: bytes) -> tuple[str, int]:
+    """Write under another name, bring to the disk and rename. The folder's names are the caller's to :func:`sync`.
+
+    Returns:
+        SHA-256 and size.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return hashlib.sha256(content).hexdigest(), len(content)
 
 
 def read_bounded(path: Path, max_bytes: int) -> bytes:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from medsora.files import sha256_of
+from medsora.files import sha256_of, sync
 
 __all__ = ["ArtifactInfo", "ArtifactStore", "StorageFullError", "StoredFile", "Variant", "job_id_of"]
 
@@ -99,11 +99,11 @@ class ArtifactStore:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             write(partial)
-            _sync(partial)
+            sync(partial)
             check(partial)
             size_bytes, sha256 = partial.stat().st_size, sha256_of(partial)
             partial.replace(target)
-            _sync(target.parent)
+            sync(target.parent)
         except BaseException as error:
             partial.unlink(missing_ok=True)
             if _is_full(error):
@@ -131,7 +131,7 @@ class ArtifactStore:
             path.unlink()
         except FileNotFoundError:
             return
-        _sync(path.parent)
+        sync(path.parent)
 
     def remove_attempts(self, job_id: str, *, before: int | None = None) -> None:
         """Remove all files of a job, whole or partial; with ``before`` only those of earlier attempts."""
@@ -140,7 +140,7 @@ class ArtifactStore:
     def remove_attempt(self, job_id: str, attempt: int) -> None:
         """Remove all files of one attempt at a job for good, whole or partial."""
         if self._remove_where(job_id, lambda found: found == attempt):
-            _sync(self.root / _shard(job_id))
+            sync(self.root / _shard(job_id))
 
     def _remove_where(self, job_id: str, is_meant: Callable[[int], bool]) -> int:
         removed = 0
@@ -205,12 +205,3 @@ def _is_full(error: BaseException | None) -> bool:
             return True
         error, seen = error.__cause__ or error.__context__, seen + 1
     return False
-
-
-def _sync(path: Path) -> None:
-    """Bring a file's content, or a folder's names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,7 +8,6 @@ numbers need no saving: every step seeds its own from (run seed, step).
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from medsora.files import sha256_of
+from medsora.files import sha256_of, sync
 from medsora.jsonconfig import from_json, to_json
 from training.config import TrainConfig
 from training.distributed import part_like, whole
@@ -106,10 +105,10 @@ def save_state(directory: Path, state: TrainingState, *, keep: int, goal: Goal |
         hashes = {path.name: sha256_of(path) for path in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=1), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
-            _flush(path)
+            sync(path)
         aside = _set_aside(final) if final.exists() else None
         temporary.replace(final)
-        _flush(directory)
+        sync(directory)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -207,14 +206,6 @@ def _unflatten(tensors: Tensors) -> dict[str, Tensors]:
         group, _, name = key.partition("/")
         groups.setdefault(group, {})[name] = value
     return groups
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> Tensors:

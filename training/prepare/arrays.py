@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
+from medsora.files import sync, write_file
 from training.errors import DataError
-from training.prepare.atomic import sync_folder, write_file
 from training.prepare.cache import (
     INDEX,
     ArrayRecord,
@@ -109,6 +109,6 @@ def drop_arrays(path: Path, name: str, key: str) -> bool:
 
 def _write_index(path: Path, cache: Cache, arrays: tuple[ArrayRecord, ...]) -> None:
     index: CacheIndex = replace(cache.index, arrays=arrays)
-    sync_folder(path)
+    sync(path)
     write_file(path / INDEX, index_bytes(index))
-    sync_folder(path)
+    sync(path)

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from medsora.files import write_file
 from medsora.jsonconfig import to_json
 from training.errors import DataError
 from training.prepare.analysis import ClipDraft, ItemAnalysis, analyse_item
-from training.prepare.atomic import put_in_place, write_file
+from training.prepare.atomic import put_in_place
 from training.prepare.cache import (
     FORMAT,
     FORMAT_VERSION,

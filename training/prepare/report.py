@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from medsora.files import write_file
 from medsora.jsonconfig import to_json
 from training.prepare.analysis import ClipDraft, ItemAnalysis
-from training.prepare.atomic import write_file
 from training.prepare.cache import Cache, CachedClip
 from training.prepare.config import Box, PrepareConfig
 from training.prepare.duplicates import Duplicate

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
+from medsora.files import write_file
 from training.errors import DataError
-from training.prepare.atomic import write_file
 from training.prepare.cache import FileRecord, Span
 from training.prepare.config import Box, PrepareConfig
 from training.prepare.frames import Dropped, fit_frame, kept_frames, paint_black
