@@ -76,6 +76,10 @@ class DataConfig:
     modality: str = ""
     """DICOM's word for what the clips are, e.g. ES; for the checkpoint's manifest."""
 
+    def step_of(self, split: str) -> int:
+        """Distance in frames between the starts of a split's windows."""
+        return self.window_step if split == "train" else self.test_window_step
+
     def __post_init__(self) -> None:
         counts = (self.num_frames, self.height, self.width, self.window_step, self.test_window_step)
         _require(all(count >= 1 for count in counts), f"data counts must be at least 1, got {counts}")

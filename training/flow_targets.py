@@ -3,7 +3,6 @@
 Windows overlap, so each pair of frames is measured once, however many windows hold it. Kept beside the cached latents.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,12 @@ from pathlib import Path
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from medsora.geometry import TEMPORAL_STRIDE
 from medsora.video_io import from_uint8
 from training.data.clips import ClipSet, index_batches
+from training.data.tensor_file import keep_tensors, kept_tensors
 
 __all__ = ["FlowTargets", "MeasurePairs", "load_or_measure", "measure_windows", "standardise"]
 
@@ -104,19 +102,9 @@ def load_or_measure(path: Path, *, key: str, device: torch.device, make: Callabl
         key: Says what they are made from (hashes of the networks, data settings and clips); a file with another key
             is replaced.
     """
-    if path.is_file():
-        try:
-            with safe_open(path, framework="pt") as stored:
-                if (stored.metadata() or {}).get("key") == key:
-                    return FlowTargets(
-                        features=stored.get_tensor("features").to(device), pairs=stored.get_tensor("pairs").to(device)
-                    )
-        except (SafetensorError, OSError):
-            pass  # a damaged cache is no loss: it is made again below
+    kept = kept_tensors(path, key=key, device=device)
+    if kept is not None:
+        return FlowTargets(features=kept["features"], pairs=kept["pairs"])
     made = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    tensors = {"features": made.features.cpu().contiguous(), "pairs": made.pairs.cpu().contiguous()}
-    save_file(tensors, temporary, metadata={"key": key})
-    temporary.replace(path)
+    keep_tensors(path, {"features": made.features, "pairs": made.pairs}, key=key)
     return made

@@ -81,7 +81,6 @@ def load_split(
     records = select_clips(
         read_clip_table(table), dataset=data.dataset, split=split, excluded_labels=data.excluded_labels
     )
-    usual = data.window_step if split == "train" else data.test_window_step
     return load_clips(
         records,
         root=table.parent,
@@ -91,7 +90,7 @@ def load_split(
         target_fps=data.target_fps,
         condition_columns=tuple(data.condition_columns.values()),
         condition_names=tuple(model.condition_names.values()),
-        step=usual if step is None else step,
+        step=data.step_of(split) if step is None else step,
         device=device,
     )
 

@@ -10,8 +10,7 @@ from medsora.models.autoencoder import VideoAutoencoder
 from training.config import DataConfig, config_hash
 from training.data.clips import ClipSet
 from training.data.latents import LatentSet, encode_windows
-from training.data.prepared import windows_of_clip
-from training.errors import DataError
+from training.data.prepared import require_size, windows_of_clip
 from training.prepare.arrays import add_arrays
 from training.prepare.cache import ArrayRecord, Cache, CachedClip, open_cache
 
@@ -50,14 +49,11 @@ def store_latents(
         autoencoder: On ``device``, in evaluation mode, with its latent statistics set.
         data: How windows are cut; mirrored ones are made of the training split, where ``has_flips``.
     """
-    index = open_cache(path).index
-    if (index.width, index.height) != (data.width, data.height):
-        raise DataError(
-            f"{path} holds {index.width}x{index.height} pixels, the recipe wants {data.width}x{data.height}"
-        )
+    cache = open_cache(path)
+    require_size(cache, data)
 
     def encode(clip: CachedClip, frames: np.ndarray) -> dict[str, np.ndarray]:
-        windows = windows_of_clip(clip, frames, index.dataset, data, device)
+        windows = windows_of_clip(clip, frames, cache.index.dataset, data, device)
         if windows is None:
             return {}
         has_flips = data.has_flips and clip.split == "train"

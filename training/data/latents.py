@@ -4,18 +4,16 @@ The causal autoencoder codes a window by its own frames alone, so each window (a
 by itself. 15,000 windows of 16x4x16x16 float16 are 0.5 GB and stay on the training device.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from medsora.models.autoencoder import VideoAutoencoder
 from medsora.video_io import from_uint8
 from training.data.clips import ClipSet, index_batches
+from training.data.tensor_file import keep_tensors, kept_tensors
 
 __all__ = ["LatentSet", "encode_windows", "latent_statistics", "load_or_encode"]
 
@@ -83,21 +81,9 @@ def load_or_encode(
         key: Says what the latents were made from (hash of autoencoder, data settings and clips); a file
             with another key is replaced.
     """
-    device = clips.frames.device
-    if path.is_file():
-        try:
-            with safe_open(path, framework="pt") as stored:
-                if (stored.metadata() or {}).get("key") == key:
-                    return LatentSet(
-                        latents=stored.get_tensor("latents").to(device),
-                        conditions=stored.get_tensor("conditions").to(device),
-                    )
-        except (SafetensorError, OSError):
-            pass  # a damaged cache is no loss: it is made again below
+    kept = kept_tensors(path, key=key, device=clips.frames.device)
+    if kept is not None:
+        return LatentSet(latents=kept["latents"], conditions=kept["conditions"])
     made = encode_windows(autoencoder, clips, has_flips=has_flips, batch_size=batch_size)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    tensors = {"latents": made.latents.cpu().contiguous(), "conditions": made.conditions.cpu().contiguous()}
-    save_file(tensors, temporary, metadata={"key": key})
-    temporary.replace(path)
+    keep_tensors(path, {"latents": made.latents, "conditions": made.conditions}, key=key)
     return made

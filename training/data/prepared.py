@@ -11,7 +11,7 @@ from training.data.windows import stride_for, window_starts
 from training.errors import DataError
 from training.prepare.cache import Cache, CachedClip
 
-__all__ = ["load_prepared", "record_of", "windows_of_clip"]
+__all__ = ["load_prepared", "record_of", "require_size", "windows_of_clip"]
 
 
 def record_of(clip: CachedClip, dataset: str) -> ClipRecord:
@@ -33,6 +33,20 @@ def record_of(clip: CachedClip, dataset: str) -> ClipRecord:
     )
 
 
+def require_size(cache: Cache, data: DataConfig) -> None:
+    """Refuse a cache whose frames are of another size than the recipe's.
+
+    Raises:
+        DataError: They are.
+    """
+    index = cache.index
+    if (index.width, index.height) != (data.width, data.height):
+        raise DataError(
+            f"{cache.path} holds frames of {index.width}x{index.height} pixels, the recipe wants "
+            f"{data.width}x{data.height}"
+        )
+
+
 def load_prepared(
     cache: Cache, data: DataConfig, model: ModelConfig, split: str, *, device: torch.device, step: int | None = None
 ) -> ClipSet:
@@ -45,11 +59,7 @@ def load_prepared(
         DataError: The cache has another frame size or data set than the recipe, or is damaged.
     """
     index = cache.index
-    if (index.width, index.height) != (data.width, data.height):
-        raise DataError(
-            f"{cache.path} holds frames of {index.width}x{index.height} pixels, the recipe wants "
-            f"{data.width}x{data.height}"
-        )
+    require_size(cache, data)
     records = select_clips(
         [record_of(clip, index.dataset) for clip in index.clips],
         dataset=data.dataset,
@@ -62,7 +72,6 @@ def load_prepared(
     for _, part in cache.iterate(tuple(clip for clip in index.clips if clip.name in names)):
         frames[offset : offset + len(part)] = part
         offset += len(part)
-    usual = data.window_step if split == "train" else data.test_window_step
     return clip_set(
         records,
         frames,
@@ -70,7 +79,7 @@ def load_prepared(
         target_fps=data.target_fps,
         condition_columns=tuple(data.condition_columns.values()),
         condition_names=tuple(model.condition_names.values()),
-        step=usual if step is None else step,
+        step=data.step_of(split) if step is None else step,
         device=device,
     )
 
@@ -79,7 +88,7 @@ def windows_of_clip(
     clip: CachedClip, frames: np.ndarray, dataset: str, data: DataConfig, device: torch.device
 ) -> ClipSet | None:
     """All windows that training cuts from one clip, or None where it is too short. Conditions are of no meaning."""
-    step = data.window_step if clip.split == "train" else data.test_window_step
+    step = data.step_of(clip.split)
     stride = stride_for(clip.fps, data.target_fps)
     if not window_starts(clip.frames, cuts=clip.cuts, num_frames=data.num_frames, stride=stride, step=step):
         return None
