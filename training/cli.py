@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from medsora.errors import MedsoraError
+from medsora.errors import BackendError, MedsoraError
 from medsora.threads import let_idle_threads_sleep
 from training.config import TrainConfig, override
 from training.prepare.command import prepare_command, verify_command
@@ -297,15 +297,14 @@ def _configure(name: str, settings: list[str] | None, data: Path) -> TrainConfig
 def _device(name: str) -> Any:
     import torch
 
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
+    from medsora.pipeline import device_named
+
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # the GPU that torchrun gave to this process
     try:
-        place = torch.device(name)
-        torch.zeros(1, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise typer.BadParameter(f"device {name!r} is not available here: {error}") from error
+        place: torch.device = device_named(name)
+    except BackendError as error:
+        raise typer.BadParameter(str(error)) from error
     if place.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
