@@ -60,12 +60,12 @@ def autoencoder_small() -> TrainConfig:
         data=replace(LUNG_DATA, sampling_exponent=0.75),
         optimizer=OptimizerConfig(learning_rate=6e-4, betas=(0.9, 0.99), warmup_steps=300),
         loop=LoopConfig(
-            steps=6400,
+            steps=6000,
             batch_size=32,
             ema_half_lives=(250, 80),
             compile=True,
-            evaluate_every=1600,
-            checkpoint_every=3200,
+            evaluate_every=1500,
+            checkpoint_every=3000,
         ),
         autoencoder_loss=AutoencoderLossConfig(
             kl=1e-4, perceptual=0.1, adversarial=0.05, adversarial_start_step=2500, adversarial_ramp_steps=500
