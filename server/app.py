@@ -6,10 +6,18 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 import medsora
+from server.api import batches as batches_api
+from server.api import files as files_api
 from server.api import health, models, videos
 from server.api.dependencies import Services
 from server.api.handlers import add_exception_handlers
+from server.api.uploads import UPLOAD_OVERHEAD_BYTES
+from server.batches.repository import BatchRepository
+from server.batches.service import BatchService
 from server.checkpoints import Catalogue
+from server.files.repository import FileRepository
+from server.files.service import FileService
+from server.files.store import FileStore
 from server.jobs.database import Database, migrate
 from server.jobs.queue import BackgroundPublisher, JobQueue
 from server.jobs.repository import JobRepository
@@ -39,6 +47,7 @@ def create_app(settings: Settings) -> FastAPI:
         migrate(database)
         repository = JobRepository(database, lease_s=settings.lease_s, max_attempts=settings.max_attempts)
         store = ArtifactStore(settings.artifacts_dir)
+        files = FileRepository(database)
         publisher = BackgroundPublisher(JobQueue(broker_url), repository.mark_published)
         probe_queue = JobQueue(broker_url)
         jobs = JobService(
@@ -55,6 +64,10 @@ def create_app(settings: Settings) -> FastAPI:
             catalogue=catalogue,
             store=store,
             jobs=jobs,
+            files=FileService(files, FileStore(settings.files_dir), min_free_bytes=settings.min_free_bytes),
+            batches=BatchService(
+                BatchRepository(database, lease_s=settings.lease_s), files, max_active=settings.max_active_batches
+            ),
             repository=repository,
             workers=WorkerRegistry(database, heartbeat_s=settings.worker_heartbeat_s),
             probe_queue=probe_queue,
@@ -75,7 +88,12 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     add_exception_handlers(app)
-    app.add_middleware(RequestMiddleware, max_body_bytes=settings.max_body_bytes, metrics=http_metrics)
-    for router in (videos.router, models.router, health.router):
+    app.add_middleware(
+        RequestMiddleware,
+        max_body_bytes=settings.max_body_bytes,
+        metrics=http_metrics,
+        body_limits={"/v1/files": settings.max_file_bytes + UPLOAD_OVERHEAD_BYTES},
+    )
+    for router in (videos.router, files_api.router, batches_api.router, models.router, health.router):
         app.include_router(router)
     return app

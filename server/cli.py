@@ -109,14 +109,21 @@ def worker() -> None:
 
 @app.command()
 def reaper() -> None:
-    """Return jobs of lost workers to the queue. Run at least one; more do no harm."""
+    """Return jobs of lost workers to the queue, and work off batches. Run at least one; more do no harm."""
     settings = _settings()
     import signal
     import threading
 
+    from medsora.errors import CheckpointError
+    from server.batch_runner import BatchRunner
+    from server.batches.repository import BatchRepository
+    from server.checkpoints import Catalogue
+    from server.files.repository import FileRepository
+    from server.files.store import FileStore
     from server.jobs.database import Database, migrate
     from server.jobs.queue import JobQueue
     from server.jobs.repository import JobRepository
+    from server.jobs.service import JobService
     from server.jobs.workers import WorkerRegistry
     from server.observability import configure_logging
     from server.reaper import Reaper
@@ -125,23 +132,49 @@ def reaper() -> None:
 
     configure_logging(settings.log_level)
     try:
-        queue = JobQueue(settings.broker_address())
-    except SettingsError as error:
+        queue, batch_queue = JobQueue(settings.broker_address()), JobQueue(settings.broker_address())
+        catalogue = Catalogue.load(settings.checkpoints)
+    except (SettingsError, CheckpointError) as error:
         _fail(error)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     database = Database(settings.database_address)
     migrate(database)
-    Reaper(
+    repository = JobRepository(database, lease_s=settings.lease_s, max_attempts=settings.max_attempts)
+    store = ArtifactStore(settings.artifacts_dir)
+    batches = BatchRunner(
         settings,
-        repository=JobRepository(database, lease_s=settings.lease_s, max_attempts=settings.max_attempts),
-        workers=WorkerRegistry(database, heartbeat_s=settings.worker_heartbeat_s),
-        store=ArtifactStore(settings.artifacts_dir),
-        queue=queue,
-    ).run(stop)
-    queue.close()
-    database.close()
+        batches=BatchRepository(database, lease_s=settings.lease_s),
+        files=FileRepository(database),
+        store=FileStore(settings.files_dir),
+        jobs=JobService(
+            repository,
+            catalogue,
+            store,
+            publish=lambda job_id: None,  # the runner publishes what it has made itself
+            max_queued=settings.max_queued_jobs,
+            min_free_bytes=settings.min_free_bytes,
+        ),
+        repository=repository,
+        queue=batch_queue,
+    )
+    batch_thread = threading.Thread(target=batches.run, args=(stop,), name="batches")
+    batch_thread.start()
+    try:
+        Reaper(
+            settings,
+            repository=repository,
+            workers=WorkerRegistry(database, heartbeat_s=settings.worker_heartbeat_s),
+            store=store,
+            queue=queue,
+        ).run(stop)
+    finally:
+        stop.set()  # or, after an error, the process would go on with half of its work
+        batch_thread.join()
+        batch_queue.close()
+        queue.close()
+        database.close()
 
 
 def _settings(**overrides: object) -> "Settings":

@@ -7,6 +7,7 @@ import logging
 import secrets
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram
@@ -49,11 +50,15 @@ class RequestMiddleware:
 
     Args:
         max_body_bytes: Larger request bodies are refused with 413, while they are being received.
+        body_limits: Path -> its own limit, in place of ``max_body_bytes``.
     """
 
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int, metrics: HttpMetrics) -> None:
+    def __init__(
+        self, app: ASGIApp, *, max_body_bytes: int, metrics: HttpMetrics, body_limits: Mapping[str, int] | None = None
+    ) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._body_limits = dict(body_limits or {})
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,14 +71,15 @@ class RequestMiddleware:
         status = 500
         has_started = False
         received = 0
+        limit = self._body_limits.get(scope["path"], self._max_body_bytes)
 
         async def limited_receive() -> Message:
             nonlocal received
             message = await receive()
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
-                if received > self._max_body_bytes:
-                    raise self._too_large()
+                if received > limit:
+                    raise _too_large(limit)
             return message
 
         async def tagged_send(message: Message) -> None:
@@ -85,8 +91,8 @@ class RequestMiddleware:
 
         try:
             declared = _content_length(scope)
-            if declared is not None and declared > self._max_body_bytes:
-                await _json(413, self._too_large().body())(scope, receive, tagged_send)
+            if declared is not None and declared > limit:
+                await _json(413, _too_large(limit).body())(scope, receive, tagged_send)
             else:
                 await self._app(scope, limited_receive, tagged_send)
         except ClientDisconnect:
@@ -105,11 +111,12 @@ class RequestMiddleware:
             method = scope["method"] if scope["method"] in _METHODS else "other"
             self._metrics.seconds.labels(method, route, str(status)).observe(time.perf_counter() - started)
 
-    def _too_large(self) -> TooLargeError:
-        return TooLargeError(f"The request body has more than {self._max_body_bytes} bytes.", code="body_too_large")
-
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+def _too_large(limit: int) -> TooLargeError:
+    return TooLargeError(f"The request body has more than {limit} bytes.", code="body_too_large")
 
 
 def _content_length(scope: Scope) -> int | None:

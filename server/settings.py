@@ -137,6 +137,22 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         25 * _MIB, ge=1024, le=1024 * _MIB, description="Largest request body in bytes; more is answered with 413."
     )
+    max_file_bytes: int = Field(
+        200 * _MIB, ge=1024, le=4096 * _MIB, description="Largest file in bytes that is taken at /v1/files."
+    )
+    batch_queued_jobs: int = Field(
+        256,
+        ge=1,
+        le=100_000,
+        description="Jobs of batches that may wait for a worker at once, all batches together, and never more than "
+        "half of max_queued_jobs; further lines are submitted as these are done.",
+    )
+    batch_interval_s: float = Field(
+        1.0, gt=0.0, le=60.0, description="Seconds between two looks at batches that have nothing to do at the moment."
+    )
+    max_active_batches: int = Field(
+        100, ge=1, le=10_000, description="Batches of one tenant that may be unfinished; more are answered with 429."
+    )
     min_free_bytes: int = Field(
         128 * _MIB, ge=0, description="Free bytes on the disk of data_dir below which no job is taken or started."
     )
@@ -196,6 +212,11 @@ class Settings(BaseSettings):
     def artifacts_dir(self) -> Path:
         """Folder of the finished videos."""
         return self.data_dir / "artifacts"
+
+    @property
+    def files_dir(self) -> Path:
+        """Folder of the uploaded files and of those made for batches."""
+        return self.data_dir / "files"
 
     def broker_address(self) -> str:
         """URL of the broker.

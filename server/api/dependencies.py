@@ -5,7 +5,9 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from server.batches.service import BatchService
 from server.checkpoints import Catalogue
+from server.files.service import FileService
 from server.jobs.database import Database
 from server.jobs.queue import JobQueue
 from server.jobs.repository import JobRepository
@@ -15,7 +17,9 @@ from server.observability import HttpMetrics
 from server.settings import Settings
 from server.storage import ArtifactStore
 
-__all__ = ["JobServiceDep", "Services", "ServicesDep"]
+__all__ = ["JobServiceDep", "Services", "ServicesDep", "TenantDep"]
+
+DEFAULT_TENANT = "default"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +31,8 @@ class Services:
     catalogue: Catalogue
     store: ArtifactStore
     jobs: JobService
+    files: FileService
+    batches: BatchService
     repository: JobRepository
     workers: WorkerRegistry
     probe_queue: JobQueue
@@ -45,5 +51,11 @@ def get_job_service(request: Request) -> JobService:
     return get_services(request).jobs
 
 
+def get_tenant() -> str:
+    """Whose objects the caller sees: there is one tenant."""
+    return DEFAULT_TENANT
+
+
 ServicesDep = Annotated[Services, Depends(get_services)]
 JobServiceDep = Annotated[JobService, Depends(get_job_service)]
+TenantDep = Annotated[str, Depends(get_tenant)]

@@ -19,7 +19,19 @@ from server.api.handlers import first_problem
 from server.errors import RequestRefusedError, ServiceError
 from server.jobs.service import VideoOrder
 
-__all__ = ["CreateVideoFields", "RemixVideoFields", "read_order", "read_remix"]
+__all__ = [
+    "CreateVideoFields",
+    "Pairs",
+    "RemixVideoFields",
+    "UnsupportedMediaTypeError",
+    "check_fields",
+    "is_storable",
+    "order_of",
+    "parse_object",
+    "read_json_object",
+    "read_order",
+    "read_remix",
+]
 
 MAX_PARTS = 64
 MAX_FILES = 4
@@ -30,7 +42,7 @@ _KEY = re.compile(r"\[([^\[\]]*)\]")
 _SIZE = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
 
 
-class _Pairs(list[tuple[str, Any]]):
+class Pairs(list[tuple[str, Any]]):
     """A JSON object as it was written, so that a name given twice is seen, and ``{}`` is not ``[]``."""
 
 
@@ -130,7 +142,16 @@ async def read_order(request: Request) -> VideoOrder:
         ServiceError: It is of no known type, cannot be parsed, or has a field that is unknown, given twice,
             of a wrong type, or cannot be honoured. The error names the field.
     """
-    checked = _check(CreateVideoFields, _collect(await _read_pairs(request)))
+    return order_of(await _read_pairs(request))
+
+
+def order_of(pairs: list[tuple[str, Any]]) -> VideoOrder:
+    """Check the fields of a new video, whether they came in a request or in a line of a batch.
+
+    Raises:
+        RequestRefusedError: As :func:`read_order`.
+    """
+    checked = _check(CreateVideoFields, _collect(pairs))
     values = checked.model_dump(exclude={"size", "n", "num_outputs_per_prompt"})
     return VideoOrder(size=_parse_size(checked.size), **values)
 
@@ -158,20 +179,78 @@ def _check(model: type[_Fields], fields: dict[str, Any]) -> _Fields:
         raise _refused(str(param), message) from None
 
 
+def check_fields(model: type[_Fields], fields: dict[str, Any]) -> _Fields:
+    """Check fields that were read against a model.
+
+    Raises:
+        RequestRefusedError: Names the first field that is wrong, missing or unknown.
+    """
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        entry = dict(error.errors(include_url=False)[0])
+        param, message = first_problem([entry])
+        if entry["type"] == "missing":
+            raise _refused(_dotted(entry), f"{_dotted(entry)}: is required") from None
+        if entry["type"] == "extra_forbidden":
+            allowed = ", ".join(model.model_fields)
+            message = f"{str(param)[:80]}: is not a known field; allowed: {allowed}"
+            raise RequestRefusedError(message, param=str(param)[:80], code="unknown_field") from None
+        raise _refused(str(param), message) from None
+
+
+def _dotted(entry: dict[str, Any]) -> str:
+    return ".".join(str(part) for part in entry["loc"])
+
+
+async def read_json_object(request: Request) -> dict[str, Any]:
+    """Read a body that is a JSON object.
+
+    Raises:
+        ServiceError: It is no JSON object, or an object in it has a name twice.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        message = f"content-type: {kind[:80]!r} is not read here; allowed: application/json"
+        raise UnsupportedMediaTypeError(message, param="content-type", code="unsupported_media_type")
+    values: dict[str, Any] = _plain(parse_object(await request.body()))
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """Dictionaries in place of :class:`Pairs`."""
+    if isinstance(value, Pairs):
+        names = [name for name, _ in value]
+        for name in names:
+            if not is_storable(name):
+                raise RequestRefusedError("A field has a name that is no text.", code="unknown_field")
+            if names.count(name) > 1:
+                raise _refused(name, f"{name[:80]}: is given more than once")
+        return {name: _plain(one) for name, one in value}
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return value
+
+
 async def _read_pairs(request: Request) -> list[tuple[str, Any]]:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        return _json_pairs(await request.body())
+        return parse_object(await request.body())
     if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
         return await _form_pairs(request)
     message = f"content-type: {kind[:80]!r} is not read here; allowed: multipart/form-data, application/json"
     raise UnsupportedMediaTypeError(message, param="content-type", code="unsupported_media_type")
 
 
-def _json_pairs(body: bytes) -> list[tuple[str, Any]]:
-    value = _parse_json(body, what="The body")
-    if not isinstance(value, _Pairs):
-        raise RequestRefusedError("The body must be a JSON object.", code="invalid_json")
+def parse_object(body: bytes, *, what: str = "The body") -> Pairs:
+    """Parse a JSON object; those within it become :class:`Pairs` too.
+
+    Raises:
+        RequestRefusedError: It is no JSON, or no object. ``what`` says in the message of what.
+    """
+    value = _parse_json(body, what=what)
+    if not isinstance(value, Pairs):
+        raise RequestRefusedError(f"{what} must be a JSON object.", code="invalid_json")
     return value
 
 
@@ -193,7 +272,7 @@ def _unflatten(name: str, value: Any) -> tuple[str, Any]:
     if match is None:
         return name, value
     for key in reversed(_KEY.findall(match["keys"])):
-        value = _Pairs([(key, value)]) if key else [value]
+        value = Pairs([(key, value)]) if key else [value]
     return match["base"], value
 
 
@@ -207,7 +286,7 @@ def _collect(pairs: list[tuple[str, Any]], *, inside: str = "") -> dict[str, Any
             for nested_name, nested_value in _nested(name, value).items():
                 _put(fields, nested_name, nested_value)
             continue
-        if not _is_storable(name):
+        if not is_storable(name):
             raise RequestRefusedError("A field has a name that is no text.", code="unknown_field")
         if name in _UNSUPPORTED:
             if _asks_for_something(value, _UNSUPPORTED[name].neutral):
@@ -219,7 +298,7 @@ def _collect(pairs: list[tuple[str, Any]], *, inside: str = "") -> dict[str, Any
                 f"{name[:80]}: is not a known field; allowed: {allowed}", param=name[:80], code="unknown_field"
             )
         if isinstance(value, list):
-            kind = "an object" if isinstance(value, _Pairs) else "a list"
+            kind = "an object" if isinstance(value, Pairs) else "a list"
             raise _refused(name, f"{name}: must be one value, got {kind}")
         _put(fields, name, value)
     return fields
@@ -243,7 +322,7 @@ def _asks_for_something(value: Any, neutral: tuple[str | float, ...]) -> bool:
 def _nested(name: str, value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         value = _parse_json(value.encode(), what=name)
-    if not isinstance(value, _Pairs):
+    if not isinstance(value, Pairs):
         raise _refused(name, f"{name}: must be a JSON object")
     return _collect(value, inside=name)
 
@@ -251,13 +330,13 @@ def _nested(name: str, value: Any) -> dict[str, Any]:
 def _put(fields: dict[str, Any], name: str, value: Any) -> None:
     if name in fields:
         raise _refused(name, f"{name}: is given more than once")
-    if isinstance(value, str) and not _is_storable(value):
+    if isinstance(value, str) and not is_storable(value):
         raise _refused(name, f"{name}: must be text without zero bytes or halves of surrogate pairs")
     if value is not None:
         fields[name] = value
 
 
-def _is_storable(text: str) -> bool:
+def is_storable(text: str) -> bool:
     """Whether a database and an answer can hold it: JSON can escape what UTF-8 cannot say."""
     try:
         text.encode()
@@ -267,13 +346,13 @@ def _is_storable(text: str) -> bool:
 
 
 def _parse_json(body: bytes, *, what: str) -> Any:
-    """Parse JSON; objects become :class:`_Pairs`."""
+    """Parse JSON; objects become :class:`Pairs`."""
 
     def refuse_constant(text: str) -> Any:
         raise ValueError(f"{text} is not JSON")
 
     try:
-        return json.loads(body.decode("utf-8"), object_pairs_hook=_Pairs, parse_constant=refuse_constant)
+        return json.loads(body.decode("utf-8"), object_pairs_hook=Pairs, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         reason = "too deeply nested" if isinstance(error, RecursionError) else str(error)[:200]
         raise RequestRefusedError(f"{what} is no valid JSON: {reason}", code="invalid_json") from None

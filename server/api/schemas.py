@@ -4,11 +4,26 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from server.batches.model import BatchStatus
+from server.batches.repository import BatchRecord
 from server.checkpoints import ServedCheckpoint
+from server.files.repository import FileRecord
 from server.jobs.model import JobStatus
 from server.jobs.repository import JobRecord
 
-__all__ = ["DeletedVideo", "ErrorEnvelope", "ModelList", "ModelObject", "VideoList", "VideoObject"]
+__all__ = [
+    "BatchList",
+    "BatchObject",
+    "DeletedFile",
+    "DeletedVideo",
+    "ErrorEnvelope",
+    "FileList",
+    "FileObject",
+    "ModelList",
+    "ModelObject",
+    "VideoList",
+    "VideoObject",
+]
 
 _WIRE_STATUS: dict[JobStatus, Literal["queued", "in_progress", "completed", "failed"]] = {
     JobStatus.QUEUED: "queued",
@@ -120,6 +135,142 @@ class DeletedVideo(BaseModel):
     id: str
     object: Literal["video.deleted"] = "video.deleted"
     deleted: Literal[True] = True
+
+
+class FileObject(BaseModel):
+    """A file."""
+
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int = Field(description="Unix seconds.")
+    expires_at: int | None = Field(description="Unix seconds; null: kept until it is deleted.")
+    filename: str
+    purpose: Literal["batch", "batch_output"]
+    status: Literal["processed"] = "processed"
+    sha256: str = Field(description="SHA-256 of the bytes.")
+
+    @classmethod
+    def of(cls, file: FileRecord) -> "FileObject":
+        """The wire form of a file."""
+        return cls.model_validate(
+            {
+                "id": file.id,
+                "bytes": file.size_bytes,
+                "created_at": int(file.created_at),
+                "expires_at": _whole(file.expires_at),
+                "filename": file.filename,
+                "purpose": file.purpose,
+                "sha256": file.sha256,
+            }
+        )
+
+
+class FileList(BaseModel):
+    """A page of files; ask for the next one with ``after=<last_id>``."""
+
+    object: Literal["list"] = "list"
+    data: list[FileObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class DeletedFile(BaseModel):
+    """Confirmation that a file is gone."""
+
+    id: str
+    object: Literal["file"] = "file"
+    deleted: Literal[True] = True
+
+
+class BatchProblem(BaseModel):
+    """Why the file of a batch was refused."""
+
+    code: str
+    message: str
+    param: str | None = Field(description="Key of the line that is to blame.")
+    line: int | None = Field(description="Number of the line, from 1.")
+
+
+class BatchProblems(BaseModel):
+    """All that was found wrong with the file, up to a limit."""
+
+    object: Literal["list"] = "list"
+    data: list[BatchProblem]
+
+
+class RequestCounts(BaseModel):
+    """Lines of a batch."""
+
+    total: int
+    completed: int
+    failed: int = Field(description="Refused, failed, or not done in time.")
+
+
+class BatchObject(BaseModel):
+    """A batch. All times are Unix seconds."""
+
+    id: str
+    object: Literal["batch"] = "batch"
+    endpoint: str
+    input_file_id: str
+    completion_window: str
+    status: BatchStatus
+    errors: BatchProblems | None
+    output_file_id: str | None
+    error_file_id: str | None
+    created_at: int
+    in_progress_at: int | None
+    expires_at: int = Field(description="End of the completion window.")
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: RequestCounts
+    metadata: dict[str, str] | None
+
+    @classmethod
+    def of(cls, batch: BatchRecord) -> "BatchObject":
+        """The wire form of a batch."""
+        problems = batch.errors if batch.status is BatchStatus.FAILED else None
+        return cls(
+            id=batch.id,
+            endpoint=batch.endpoint,
+            input_file_id=batch.input_file_id,
+            completion_window=batch.completion_window,
+            status=batch.status,
+            errors=None if problems is None else BatchProblems(data=[BatchProblem(**one) for one in problems]),
+            output_file_id=batch.output_file_id,
+            error_file_id=batch.error_file_id,
+            created_at=int(batch.created_at),
+            in_progress_at=_whole(batch.in_progress_at),
+            expires_at=int(batch.expires_at),
+            finalizing_at=_whole(batch.finalizing_at),
+            completed_at=_whole(batch.completed_at),
+            failed_at=_whole(batch.failed_at),
+            expired_at=_whole(batch.expired_at) if batch.status is BatchStatus.EXPIRED else None,
+            cancelling_at=_whole(batch.cancelling_at),
+            cancelled_at=_whole(batch.cancelled_at),
+            request_counts=RequestCounts(total=batch.total, completed=batch.completed, failed=batch.failed),
+            metadata=batch.metadata,
+        )
+
+
+class BatchList(BaseModel):
+    """A page of batches; ask for the next one with ``after=<last_id>``."""
+
+    object: Literal["list"] = "list"
+    data: list[BatchObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+def _whole(seconds: float | None) -> int | None:
+    return None if seconds is None else int(seconds)
 
 
 class Range(BaseModel):

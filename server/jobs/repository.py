@@ -15,7 +15,17 @@ from sqlalchemy import ColumnElement, Connection, and_, case, delete, func, inse
 from server.jobs.database import Database, database_now
 from server.jobs.model import TERMINAL, DeletedJob, Job, JobStatus, new_job_id
 
-__all__ = ["Claim", "FinishedWork", "JobRecord", "JobRepository", "QueueFullError", "Removal", "SweepResult"]
+__all__ = [
+    "Claim",
+    "FinishedWork",
+    "JobRecord",
+    "JobRepository",
+    "QueueFullError",
+    "Removal",
+    "SweepResult",
+    "insert_jobs",
+    "job_record",
+]
 
 _TABLE: Any = Job.__table__
 _HIDDEN = Job.deleted_at.is_not(None)
@@ -24,6 +34,7 @@ _TERMINAL_NAMES = sorted(status.value for status in TERMINAL)
 EXHAUSTED = "attempts_exhausted"
 CANCELLED = "cancelled"
 CANCELLED_MESSAGE = "The job was cancelled."
+_ACCEPTED_NOW = {"created_at": database_now(), "queued_at": database_now()}
 CURSOR_KEPT_S = 86_400.0
 """Seconds for which a deleted job still serves as a cursor into the list."""
 
@@ -146,17 +157,7 @@ class JobRepository:
             waiting = connection.scalar(select(func.count()).where(Job.status == JobStatus.QUEUED))
             if waiting is not None and waiting >= max_queued:
                 raise QueueFullError(f"{waiting} jobs are waiting, {max_queued} may")
-            statement = insert(_TABLE).values(
-                id=new_job_id(),
-                status=JobStatus.QUEUED.value,
-                created_at=database_now(),
-                queued_at=database_now(),
-                attempt=0,
-                handed_back=0,
-                steps_done=0,
-                cancel_requested=False,
-                **values,
-            )
+            statement = insert(_TABLE).values({**_new(values), **_ACCEPTED_NOW})
             return _record(connection.execute(statement.returning(*_TABLE.c)).one())
 
     def get(self, job_id: str) -> JobRecord | None:
@@ -404,6 +405,30 @@ class JobRepository:
         return Job.attempt - Job.handed_back < self._max_attempts
 
 
+def insert_jobs(connection: Connection, jobs: Sequence[dict[str, Any]]) -> list[str]:
+    """Insert jobs that wait, within the caller's transaction; returns their ids in the same order.
+
+    Args:
+        jobs: The columns of what was asked, of each job.
+    """
+    rows = [_new(values) for values in jobs]
+    if rows:
+        connection.execute(insert(_TABLE).values(_ACCEPTED_NOW), rows)
+    return [row["id"] for row in rows]
+
+
+def _new(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "id": new_job_id(),
+        "status": JobStatus.QUEUED.value,
+        "attempt": 0,
+        "handed_back": 0,
+        "steps_done": 0,
+        "cancel_requested": False,
+        **values,
+    }
+
+
 def _cancel_waiting(connection: Connection, condition: ColumnElement[bool]) -> bool:
     statement = update(Job).where(condition, Job.status == JobStatus.QUEUED, _VISIBLE)
     ended = _ended(JobStatus.CANCELED, CANCELLED, CANCELLED_MESSAGE)
@@ -436,7 +461,10 @@ def _ended(status: JobStatus, code: str, message: str) -> dict[str, Any]:
     }
 
 
+def job_record(values: dict[str, Any]) -> JobRecord:
+    """The record of a row, given by its columns."""
+    return JobRecord(**{**values, "status": JobStatus(values["status"])})
+
+
 def _record(row: Any) -> JobRecord:
-    values = dict(row._mapping)
-    values["status"] = JobStatus(values["status"])
-    return JobRecord(**values)
+    return job_record(dict(row._mapping))

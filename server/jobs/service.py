@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from medsora.errors import RequestError
 from medsora.manifest import Manifest
@@ -83,7 +84,15 @@ class JobService:
             OverloadedError: Too many jobs wait.
             UnavailableError: Too little room on the disk.
         """
-        return self._accept(_resolve(self._find_checkpoint(order.model), order))
+        return self._accept(self.resolve(order))
+
+    def resolve(self, order: VideoOrder) -> dict[str, Any]:
+        """The columns of the job that would be made of an order. Nothing is accepted yet.
+
+        Raises:
+            RequestRefusedError: A field that the checkpoint cannot honour; names it and what is allowed.
+        """
+        return _resolve(self._find_checkpoint(order.model), order)
 
     def remix(self, job_id: str, prompt: str) -> JobRecord:
         """Accept a job that differs from a completed one in its label alone: same model, seed and settings.
@@ -105,9 +114,9 @@ class JobService:
             guidance_scale=source.guidance_scale,
             sampler=source.sampler,
         )
-        return self._accept({**_resolve(self._find_checkpoint(order.model), order), "remixed_from": source.id})
+        return self._accept({**self.resolve(order), "remixed_from": source.id})
 
-    def _accept(self, values: dict[str, object]) -> JobRecord:
+    def _accept(self, values: dict[str, Any]) -> JobRecord:
         if self._store.free_bytes() < self._min_free_bytes:
             raise UnavailableError(
                 "There is too little free disk space to take more jobs.", code="storage_full", retry_after_ms=10_000
@@ -201,7 +210,7 @@ class JobService:
         return checkpoint
 
 
-def _resolve(checkpoint: ServedCheckpoint, order: VideoOrder) -> dict[str, object]:
+def _resolve(checkpoint: ServedCheckpoint, order: VideoOrder) -> dict[str, Any]:
     """Columns of a job for this order."""
     manifest = checkpoint.manifest
     if not order.prompt.strip():

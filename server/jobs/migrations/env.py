@@ -2,6 +2,8 @@
 
 from alembic import context
 
+import server.batches.model
+import server.files.model  # noqa: F401 - their tables belong to the same schema
 from server.jobs.model import Base
 
 connection = context.config.attributes.get("connection")
