@@ -21,6 +21,7 @@ TORCH_FREE = [
     "server",
     "server.api",
     "server.app",
+    "server.batch_runner",
     "server.cli",
     "server.jobs",
     "server.settings",
@@ -41,7 +42,10 @@ def test_the_contracts_are_the_designs() -> None:
     layers, medsora, http = contracts
     assert layers["layers"] == ["server | training", "medsora"]
     assert {"fastapi", "celery", "redis", "sqlalchemy"} <= set(medsora["forbidden_modules"])
-    assert set(http["source_modules"]) == {"server.api", "server.app", "server.jobs", "server.settings"}
+    assert set(http["source_modules"]) == {
+        "server.api", "server.app", "server.batch_runner", "server.batches", "server.files", "server.jobs",
+        "server.settings",
+    }  # fmt: skip
     assert {"torch", "server.worker"} <= set(http["forbidden_modules"])
 
 
