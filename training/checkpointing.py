@@ -224,7 +224,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensor
         TrainingError: A tensor belongs to no parameter of the model.
     """
     parameters = dict(model.named_parameters())
-    numbers = {name: number for number, name in enumerate(parameters)}
+    in_order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    places = {id(parameter): number for number, parameter in enumerate(in_order)}
+    numbers = {name: places[id(parameter)] for name, parameter in parameters.items()}
     state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         name, _, quantity = key.rpartition("/")

@@ -239,6 +239,51 @@ def evaluate_command(
     typer.echo(f"{out / 'report.html'}")
 
 
+@app.command("compare")
+def compare_command(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of denoiser runs.")],
+    data: DataOption,
+    autoencoder: Annotated[Path, typer.Option(help="Folder of the autoencoder's run, or a checkpoint.")],
+    squeezenet: Annotated[Path, typer.Option(help="SqueezeNet 1.0 weights, Caffe layer names.")],
+    autoencoder_ema: Annotated[str | None, typer.Option(help=f"Of the autoencoder's run. {AVERAGE_HELP}")] = None,
+    ema: Annotated[list[str] | None, typer.Option(help=f"Of the denoisers. {AVERAGE_HELP} Repeatable.")] = None,
+    steps: Annotated[list[int] | None, typer.Option(help="Sampling steps; default 50. Repeatable.")] = None,
+    guidance: Annotated[list[float] | None, typer.Option(help="Guidance scale; default 1.5. Repeatable.")] = None,
+    samples: Annotated[int, typer.Option(help="Clips to generate at each setting.", min=2)] = 512,
+    batch_size: Annotated[int, typer.Option(help="Clips generated together.", min=1)] = 64,
+    out: Annotated[Path | None, typer.Option(help="File for the figures, JSON.")] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Measure denoiser runs at several settings, to choose among them: a Markdown table."""
+    from dataclasses import asdict
+
+    from training.compare import compare_runs, comparison_table
+    from training.evaluation.config import EvaluationConfig
+    from training.evaluation.networks import load_networks
+
+    place = _device(device)
+    lines, floor = compare_runs(
+        runs,
+        table=data,
+        autoencoder=autoencoder,
+        autoencoder_average=autoencoder_ema,
+        averages=ema or [None],
+        num_inference_steps=steps or [50],
+        guidance_scales=guidance or [1.5],
+        networks=load_networks(squeezenet=squeezenet, device=place),
+        device=place,
+        settings=EvaluationConfig(
+            num_samples=samples, batch_size=batch_size, dtype="bfloat16" if place.type == "cuda" else "float32"
+        ),
+        report=_report,
+    )
+    if out is not None:
+        made = {"lines": [asdict(line) for line in lines], "floor": floor}
+        out.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    for row in comparison_table(lines, floor):
+        typer.echo(row)
+
+
 @app.command("export")
 def export_command(
     autoencoder: Annotated[Path, typer.Option(help="Folder of the autoencoder's run, or the checkpoint it is from.")],

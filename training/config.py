@@ -97,6 +97,7 @@ class OptimizerConfig:
     learning_rate: float
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
+    """Of matrices and kernels; biases, gains and Mamba's ``A_log``, ``D`` and ``dt_bias`` are left alone."""
     gradient_clip: float = 1.0
     """Largest norm of all gradients together."""
     warmup_steps: int = 200

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +42,9 @@ class Trained:
             processes.prepare(module, is_cut=name == MODEL)
         self.optimizers = {
             name: torch.optim.AdamW(
-                module.parameters(),
+                _by_decay(module, self.config.weight_decay),
                 lr=self.config.learning_rate,
                 betas=self.config.betas,
-                weight_decay=self.config.weight_decay,
                 fused=processes.device.type == "cuda",
             )
             for name, module in self.modules.items()
@@ -101,6 +101,18 @@ class Trained:
                 name: optimizer_tensors(optimizer, self.modules[name]) for name, optimizer in self.optimizers.items()
             },
         )
+
+
+def _by_decay(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups of parameters: decay is for matrices and kernels alone.
+
+    Biases, gains and Mamba's ``A_log``, ``D`` and ``dt_bias`` have no scale that the next layer could make up for.
+    """
+    parameters = list(module.parameters())
+    return [
+        {"params": [parameter for parameter in parameters if parameter.dim() > 1], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in parameters if parameter.dim() <= 1], "weight_decay": 0.0},
+    ]
 
 
 def _require_same(saved: Iterable[str], wanted: Iterable[str]) -> None:
