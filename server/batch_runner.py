@@ -253,7 +253,7 @@ class BatchRunner:
                 file.seek(line.begin)
                 try:
                     request = read_line(file.read(line.length), endpoint=batch.endpoint)
-                    job = self._jobs.resolve(order_of(request.body))
+                    job = self._jobs.resolve(batch.tenant, order_of(request.body))
                 except ServiceError as error:
                     if error.status_code >= 429:
                         logger.info("%s waits at line %d: %s", batch.id, line.line, error.message)

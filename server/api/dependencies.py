@@ -9,17 +9,29 @@ from server.batches.service import BatchService
 from server.checkpoints import Catalogue
 from server.files.service import FileService
 from server.jobs.database import Database
+from server.jobs.model import DEFAULT_TENANT
 from server.jobs.queue import JobQueue
 from server.jobs.repository import JobRepository
 from server.jobs.service import JobService
 from server.jobs.workers import WorkerRegistry
+from server.keys.model import ALL_SCOPES, Scope
 from server.observability import HttpMetrics
 from server.settings import Settings
 from server.storage import ArtifactStore
 
-__all__ = ["JobServiceDep", "Services", "ServicesDep", "TenantDep"]
+__all__ = ["Caller", "CallerDep", "JobServiceDep", "Services", "ServicesDep", "TenantDep"]
 
-DEFAULT_TENANT = "default"
+
+@dataclass(frozen=True, kw_only=True)
+class Caller:
+    """Who asks."""
+
+    tenant: str
+    """Whose objects they see, and whose those are that they make."""
+    key_id: str | None
+    """Their key; None: none was needed."""
+    scopes: frozenset[Scope]
+    """What they may do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +63,17 @@ def get_job_service(request: Request) -> JobService:
     return get_services(request).jobs
 
 
-def get_tenant() -> str:
-    """Whose objects the caller sees: there is one tenant."""
-    return DEFAULT_TENANT
+def get_caller() -> Caller:
+    """Who asks: without keys, the one tenant, who may do everything."""
+    return Caller(tenant=DEFAULT_TENANT, key_id=None, scopes=ALL_SCOPES)
+
+
+CallerDep = Annotated[Caller, Depends(get_caller)]
+
+
+def get_tenant(caller: CallerDep) -> str:
+    """Whose objects the caller sees."""
+    return caller.tenant
 
 
 ServicesDep = Annotated[Services, Depends(get_services)]

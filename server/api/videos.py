@@ -7,7 +7,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 from pydantic import BaseModel
 
-from server.api.dependencies import JobServiceDep, ServicesDep
+from server.api.dependencies import JobServiceDep, ServicesDep, TenantDep
 from server.api.fields import CreateVideoFields, RemixVideoFields, read_order, read_remix
 from server.api.schemas import DeletedVideo, ErrorEnvelope, VideoList, VideoObject
 from server.errors import NotFoundError, RangeError, RequestRefusedError
@@ -38,10 +38,10 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 @router.post("", openapi_extra=_body(CreateVideoFields), responses=_errors(400, 413, 415, 429, 503))
-async def create_video(request: Request, jobs: JobServiceDep) -> VideoObject:
+async def create_video(request: Request, jobs: JobServiceDep, tenant: TenantDep) -> VideoObject:
     """Ask for a video. The answer comes at once; ask for the video by its id until it is completed."""
     order = await read_order(request)
-    return VideoObject.of(await run_in_threadpool(jobs.submit, order))
+    return VideoObject.of(await run_in_threadpool(jobs.submit, tenant, order))
 
 
 @router.post("/edits", include_in_schema=False)
@@ -74,12 +74,13 @@ def get_character(character_id: str) -> VideoObject:
 @router.get("", responses=_errors(400, 503))
 def list_videos(
     jobs: JobServiceDep,
+    tenant: TenantDep,
     limit: Annotated[int, Query(ge=1, le=100, description="Most videos of this page.")] = 20,
     after: Annotated[str | None, Query(max_length=100, description="Id of the last video of the page before.")] = None,
     order: Annotated[Literal["asc", "desc"], Query(description="By time of creation; desc: newest first.")] = "desc",
 ) -> VideoList:
     """List videos, a page at a time."""
-    page = jobs.list(limit=limit, after=after or None, newest_first=order == "desc")
+    page = jobs.list(tenant, limit=limit, after=after or None, newest_first=order == "desc")
     data = [VideoObject.of(job) for job in page.jobs]
     return VideoList(
         data=data,
@@ -92,25 +93,25 @@ def list_videos(
 @router.post(
     "/{video_id}/remix", openapi_extra=_body(RemixVideoFields), responses=_errors(400, 404, 409, 413, 415, 429, 503)
 )
-async def remix_video(video_id: str, request: Request, jobs: JobServiceDep) -> VideoObject:
+async def remix_video(video_id: str, request: Request, jobs: JobServiceDep, tenant: TenantDep) -> VideoObject:
     """Ask for a completed video again with another label: the same seed, size, length and settings."""
     prompt = await read_remix(request)
-    return VideoObject.of(await run_in_threadpool(jobs.remix, video_id, prompt))
+    return VideoObject.of(await run_in_threadpool(jobs.remix, tenant, video_id, prompt))
 
 
 @router.get("/{video_id}", responses=_errors(404, 503))
-def get_video(video_id: str, jobs: JobServiceDep, response: Response) -> VideoObject:
+def get_video(video_id: str, jobs: JobServiceDep, tenant: TenantDep, response: Response) -> VideoObject:
     """How far a video is. One that failed is answered with 200 and status failed."""
-    job = jobs.get(video_id)
+    job = jobs.get(tenant, video_id)
     # OpenAI's client keeps the first value for all of its polling.
     response.headers["openai-poll-after-ms"] = str(jobs.poll_after_ms(job))
     return VideoObject.of(job)
 
 
 @router.delete("/{video_id}", responses=_errors(404, 503))
-def delete_video(video_id: str, jobs: JobServiceDep) -> DeletedVideo:
+def delete_video(video_id: str, jobs: JobServiceDep, tenant: TenantDep) -> DeletedVideo:
     """Remove a video and its files; one that is not finished is cancelled."""
-    jobs.delete(video_id)
+    jobs.delete(tenant, video_id)
     return DeletedVideo(id=video_id)
 
 
@@ -129,6 +130,7 @@ def get_content(
     video_id: str,
     request: Request,
     services: ServicesDep,
+    tenant: TenantDep,
     variant: Annotated[
         str, Query(description="What to download: video, thumbnail (WebP) or spritesheet (JPEG).", max_length=80)
     ] = "video",
@@ -142,7 +144,7 @@ def get_content(
         message = f"variant: there is no {variant!r}; allowed: {', '.join(Variant)}"
         raise RequestRefusedError(message, param="variant", code="invalid_variant")
     wanted = Variant(variant)
-    job = services.jobs.get_completed(video_id)
+    job = services.jobs.get_completed(tenant, video_id)
     sha256 = _sha256(job, wanted)
     if job.artifact is None or sha256 is None:
         message = f"variant: video {video_id} was made by a version of this server that made no {variant}"

@@ -8,6 +8,7 @@ from sqlalchemy import JSON, BigInteger, Boolean, CheckConstraint, Double, Index
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 __all__ = [
+    "DEFAULT_TENANT",
     "TERMINAL",
     "TRANSITIONS",
     "Base",
@@ -19,6 +20,9 @@ __all__ = [
     "is_job_id",
     "new_job_id",
 ]
+
+DEFAULT_TENANT = "default"
+"""Whose everything is where no keys are used."""
 
 _BIG = BigInteger().with_variant(Integer(), "sqlite")  # SQLite numbers rows by itself only for INTEGER
 
@@ -70,12 +74,16 @@ class Job(Base):
         CheckConstraint("status in ('queued', 'running', 'succeeded', 'failed', 'canceled')", name="ck_jobs_status"),
         Index("ix_jobs_status_lease", "status", "lease_until"),
         Index("ix_jobs_status_seq", "status", "seq"),
+        Index("ix_jobs_tenant_seq", "tenant", "seq"),
+        Index("ix_jobs_tenant_status", "tenant", "status"),
         {"sqlite_autoincrement": True},  # a cursor into the list must never come to mean another job
     )
 
     seq: Mapped[int] = mapped_column(_BIG, primary_key=True, autoincrement=True)
     """Order of acceptance; the cursor of lists."""
     id: Mapped[str] = mapped_column(String(64), unique=True)
+    tenant: Mapped[str] = mapped_column(String(64), default=DEFAULT_TENANT, server_default=DEFAULT_TENANT)
+    """Whose it is: nobody else sees it."""
     status: Mapped[str] = mapped_column(String(16), default=JobStatus.QUEUED.value)
 
     # what was asked, resolved against the checkpoint when it was accepted
@@ -159,6 +167,7 @@ class DeletedJob(Base):
     __tablename__ = "deleted_jobs"
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64), default=DEFAULT_TENANT, server_default=DEFAULT_TENANT)
     seq: Mapped[int] = mapped_column(BigInteger)
     deleted_at: Mapped[float] = mapped_column(Double, index=True)
 

@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, and_, case, delete, func, insert, or_, select, update
 
 from server.jobs.database import Database, database_now
-from server.jobs.model import TERMINAL, DeletedJob, Job, JobStatus, new_job_id
+from server.jobs.model import DEFAULT_TENANT, TERMINAL, DeletedJob, Job, JobStatus, new_job_id
 
 __all__ = [
     "Claim",
@@ -59,6 +59,7 @@ class JobRecord:
 
     seq: int
     id: str
+    tenant: str
     status: JobStatus
     model: str
     prompt: str
@@ -131,6 +132,9 @@ class SweepResult:
 class JobRepository:
     """Storage of jobs on one database. Safe to use from several threads.
 
+    Whatever a client asks for names its ``tenant``, and then there are no jobs but that tenant's. The server's own
+    parts name none and see all.
+
     Args:
         lease_s: Seconds a claim lasts without renewal.
         max_attempts: Claims a job may use up before it fails.
@@ -160,23 +164,27 @@ class JobRepository:
             statement = insert(_TABLE).values({**_new(values), **_ACCEPTED_NOW})
             return _record(connection.execute(statement.returning(*_TABLE.c)).one())
 
-    def get(self, job_id: str) -> JobRecord | None:
+    def get(self, job_id: str, *, tenant: str | None = None) -> JobRecord | None:
         """The job, or None when there is none that a client may see."""
         with self._database.read() as connection:
-            row = connection.execute(select(_TABLE).where(Job.id == job_id, _VISIBLE)).one_or_none()
+            row = connection.execute(select(_TABLE).where(*_one(job_id, tenant), _VISIBLE)).one_or_none()
         return None if row is None else _record(row)
 
-    def page(self, *, limit: int, after: str | None, newest_first: bool) -> tuple[list[JobRecord], bool] | None:
+    def page(
+        self, *, limit: int, after: str | None, newest_first: bool, tenant: str | None = None
+    ) -> tuple[list[JobRecord], bool] | None:
         """Jobs behind the cursor ``after``, and whether there are more; None when no job has that id.
 
         A job that was deleted lately still serves as a cursor.
         """
         query = select(_TABLE).where(_VISIBLE)
+        if tenant is not None:
+            query = query.where(Job.tenant == tenant)
         with self._database.read() as connection:
             if after is not None:
-                cursor = connection.scalar(select(Job.seq).where(Job.id == after))
+                cursor = connection.scalar(select(Job.seq).where(*_one(after, tenant)))
                 if cursor is None:
-                    cursor = connection.scalar(select(DeletedJob.seq).where(DeletedJob.id == after))
+                    cursor = connection.scalar(select(DeletedJob.seq).where(*_one(after, tenant, DeletedJob)))
                 if cursor is None:
                     return None
                 query = query.where(Job.seq < cursor if newest_first else Job.seq > cursor)
@@ -209,23 +217,22 @@ class JobRepository:
             steps += steps_ahead / max(1, running)
         return float(pace_s) * float(steps)
 
-    def request_cancel(self, job_id: str) -> bool:
+    def request_cancel(self, job_id: str, *, tenant: str | None = None) -> bool:
         """Cancel a job that waits, ask the worker of one that runs. False when it is neither."""
+        it = and_(*_one(job_id, tenant))
         with self._database.write() as connection:
-            if _cancel_waiting(connection, Job.id == job_id):
+            if _cancel_waiting(connection, it):
                 return True
-            statement = update(Job).where(Job.id == job_id, Job.status == JobStatus.RUNNING, _VISIBLE)
+            statement = update(Job).where(it, Job.status == JobStatus.RUNNING, _VISIBLE)
             return connection.execute(statement.values(cancel_requested=True)).rowcount == 1
 
-    def request_removal(self, job_id: str) -> Removal:
+    def request_removal(self, job_id: str, *, tenant: str | None = None) -> Removal:
         """Hide a job for good, and cancel it unless it is finished."""
+        it = and_(*_one(job_id, tenant), _VISIBLE)
         with self._database.write() as connection:
-            _cancel_waiting(connection, and_(Job.id == job_id, _VISIBLE))
+            _cancel_waiting(connection, it)
             statement = (
-                update(Job)
-                .where(Job.id == job_id, _VISIBLE)
-                .values(deleted_at=database_now(), cancel_requested=True)
-                .returning(Job.status)
+                update(Job).where(it).values(deleted_at=database_now(), cancel_requested=True).returning(Job.status)
             )
             status = connection.scalar(statement)
         if status is None:
@@ -391,8 +398,8 @@ class JobRepository:
             # Locked first: nobody else who forgets the same jobs now may count them too.
             condition = Job.id.in_(connection.scalars(select(Job.id).where(removable).with_for_update()).all())
             add_to_deleted(connection, condition)
-            places = select(Job.id, Job.seq, Job.deleted_at).where(condition)
-            connection.execute(insert(DeletedJob).from_select(["id", "seq", "deleted_at"], places))
+            places = select(Job.id, Job.tenant, Job.seq, Job.deleted_at).where(condition)
+            connection.execute(insert(DeletedJob).from_select(["id", "tenant", "seq", "deleted_at"], places))
             connection.execute(delete(DeletedJob).where(DeletedJob.deleted_at < database_now() - CURSOR_KEPT_S))
             return connection.execute(delete(Job).where(condition)).rowcount
 
@@ -420,6 +427,7 @@ def insert_jobs(connection: Connection, jobs: Sequence[dict[str, Any]]) -> list[
 def _new(values: dict[str, Any]) -> dict[str, Any]:
     return {
         "id": new_job_id(),
+        "tenant": DEFAULT_TENANT,
         "status": JobStatus.QUEUED.value,
         "attempt": 0,
         "handed_back": 0,
@@ -427,6 +435,11 @@ def _new(values: dict[str, Any]) -> dict[str, Any]:
         "cancel_requested": False,
         **values,
     }
+
+
+def _one(job_id: str, tenant: str | None, table: type[Job] | type[DeletedJob] = Job) -> tuple[ColumnElement[bool], ...]:
+    """The job of that id, if it is the tenant's; None: whosever it is."""
+    return (table.id == job_id,) if tenant is None else (table.id == job_id, table.tenant == tenant)
 
 
 def _cancel_waiting(connection: Connection, condition: ColumnElement[bool]) -> bool:

@@ -51,7 +51,7 @@ class JobPage:
 
 
 class JobService:
-    """Everything that the API does with jobs.
+    """Everything that the API does with jobs. Nobody but its tenant sees a job.
 
     Args:
         publish: Told the id of every accepted job; must return at once and never fail.
@@ -76,7 +76,7 @@ class JobService:
         self._max_queued = max_queued
         self._min_free_bytes = min_free_bytes
 
-    def submit(self, order: VideoOrder) -> JobRecord:
+    def submit(self, tenant: str, order: VideoOrder) -> JobRecord:
         """Accept a job: when this returns, the job is on disk and will come to an end.
 
         Raises:
@@ -84,25 +84,25 @@ class JobService:
             OverloadedError: Too many jobs wait.
             UnavailableError: Too little room on the disk.
         """
-        return self._accept(self.resolve(order))
+        return self._accept(self.resolve(tenant, order))
 
-    def resolve(self, order: VideoOrder) -> dict[str, Any]:
+    def resolve(self, tenant: str, order: VideoOrder) -> dict[str, Any]:
         """The columns of the job that would be made of an order. Nothing is accepted yet.
 
         Raises:
             RequestRefusedError: A field that the checkpoint cannot honour; names it and what is allowed.
         """
-        return _resolve(self._find_checkpoint(order.model), order)
+        return {**_resolve(self._find_checkpoint(order.model), order), "tenant": tenant}
 
-    def remix(self, job_id: str, prompt: str) -> JobRecord:
+    def remix(self, tenant: str, job_id: str, prompt: str) -> JobRecord:
         """Accept a job that differs from a completed one in its label alone: same model, seed and settings.
 
         Raises:
-            NotFoundError: There is no such job (any more).
+            NotFoundError: The tenant has no such job (any more).
             NotReadyError: It is not completed.
             ServiceError: As :meth:`submit`; a changed set of models may not allow what was allowed then.
         """
-        source = self.get_completed(job_id)
+        source = self.get_completed(tenant, job_id)
         order = VideoOrder(
             prompt=prompt,
             model=source.model,
@@ -114,7 +114,7 @@ class JobService:
             guidance_scale=source.guidance_scale,
             sampler=source.sampler,
         )
-        return self._accept({**self.resolve(order), "remixed_from": source.id})
+        return self._accept({**self.resolve(tenant, order), "remixed_from": source.id})
 
     def _accept(self, values: dict[str, Any]) -> JobRecord:
         if self._store.free_bytes() < self._min_free_bytes:
@@ -129,25 +129,25 @@ class JobService:
         self._publish(job.id)
         return job
 
-    def get(self, job_id: str) -> JobRecord:
+    def get(self, tenant: str, job_id: str) -> JobRecord:
         """The job of that id.
 
         Raises:
-            NotFoundError: There is none (any more).
+            NotFoundError: The tenant has none (any more).
         """
-        job = self._repository.get(job_id) if is_job_id(job_id) else None
+        job = self._repository.get(job_id, tenant=tenant) if is_job_id(job_id) else None
         if job is None:
             raise _not_found(job_id)
         return job
 
-    def get_completed(self, job_id: str) -> JobRecord:
+    def get_completed(self, tenant: str, job_id: str) -> JobRecord:
         """The job of that id, whose video is there.
 
         Raises:
-            NotFoundError: There is no such job (any more).
+            NotFoundError: The tenant has no such job (any more).
             NotReadyError: It is not completed, or never will be.
         """
-        job = self.get(job_id)
+        job = self.get(tenant, job_id)
         if job.status is not JobStatus.SUCCEEDED:
             code = "video_failed" if job.status in TERMINAL else "video_not_ready"
             raise NotReadyError(f"The video {job_id} has no content: it is {job.status.value}.", code=code)
@@ -162,36 +162,36 @@ class JobService:
             return _DEFAULT_POLL_MS
         return round(min(max(expected_s * 1000 / 20, _LEAST_POLL_MS), _MOST_POLL_MS))
 
-    def list(self, *, limit: int, after: str | None, newest_first: bool) -> JobPage:
+    def list(self, tenant: str, *, limit: int, after: str | None, newest_first: bool) -> JobPage:
         """A page of jobs behind the job ``after``.
 
         Raises:
-            RequestRefusedError: ``after`` is no job.
+            RequestRefusedError: ``after`` is no job of the tenant.
         """
-        page = self._repository.page(limit=limit, after=after, newest_first=newest_first)
+        page = self._repository.page(tenant=tenant, limit=limit, after=after, newest_first=newest_first)
         if page is None:
             message = f"after: there is no video with the id {(after or '')[:80]!r}."
             raise RequestRefusedError(message, param="after", code="invalid_cursor")
         return JobPage(*page)
 
-    def cancel(self, job_id: str) -> None:
+    def cancel(self, tenant: str, job_id: str) -> None:
         """Cancel a job that waits or runs; a running one stops within one sampling step.
 
         Nothing happens to a finished job: it stays finished.
 
         Raises:
-            NotFoundError: There is no such job.
+            NotFoundError: The tenant has no such job.
         """
-        self.get(job_id)
-        self._repository.request_cancel(job_id)
+        self.get(tenant, job_id)
+        self._repository.request_cancel(job_id, tenant=tenant)
 
-    def delete(self, job_id: str) -> None:
+    def delete(self, tenant: str, job_id: str) -> None:
         """Remove a job and its file; one that waits or runs is cancelled first. It is gone at once.
 
         Raises:
-            NotFoundError: There is no such job.
+            NotFoundError: The tenant has no such job.
         """
-        removal = self._repository.request_removal(job_id) if is_job_id(job_id) else Removal.MISSING
+        removal = self._repository.request_removal(job_id, tenant=tenant) if is_job_id(job_id) else Removal.MISSING
         if removal is Removal.MISSING:
             raise _not_found(job_id)
         if removal is Removal.READY:

@@ -13,10 +13,12 @@ import pytest
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
-from server.api.dependencies import Services
+from server.api.dependencies import Caller, Services, get_caller
 from server.app import create_app
+from server.errors import NotFoundError
 from server.jobs.model import new_job_id
 from server.jobs.repository import FinishedWork
+from server.keys.model import ALL_SCOPES
 from server.settings import Settings
 from server.storage import Variant
 
@@ -100,7 +102,7 @@ def test_failed_job_is_an_answer_not_an_error(client: TestClient) -> None:
 
 def test_canceled_job_ends_the_waiting_of_clients(client: TestClient) -> None:
     job_id = create(client)
-    services_of(client).jobs.cancel(job_id)
+    services_of(client).jobs.cancel("default", job_id)
     video = client.get(f"/v1/videos/{job_id}").json()
     assert (video["status"], video["error"]["code"]) == ("failed", "cancelled")
 
@@ -311,7 +313,7 @@ def test_remix_of_what_is_not_there(client: TestClient) -> None:
 
 def test_remix_of_what_is_not_completed(client: TestClient) -> None:
     waiting, canceled = create(client), create(client)
-    services_of(client).jobs.cancel(canceled)
+    services_of(client).jobs.cancel("default", canceled)
     for video_id, code in ((waiting, "video_not_ready"), (canceled, "video_failed")):
         response = remix(client, video_id, prompt="covid-convex")
         assert (response.status_code, response.json()["error"]["code"]) == (409, code)
@@ -382,7 +384,7 @@ def test_who_deletes_while_paging_still_gets_to_the_end(client: TestClient) -> N
 
 def test_canceled_jobs_are_listed_as_failed(client: TestClient) -> None:
     job_id = create(client)
-    services_of(client).jobs.cancel(job_id)
+    services_of(client).jobs.cancel("default", job_id)
     (video,) = client.get("/v1/videos").json()["data"]
     assert (video["status"], video["error"]["code"]) == ("failed", "cancelled")
     assert client.get(f"/v1/videos/{job_id}").headers["openai-poll-after-ms"] == "200"
@@ -594,3 +596,28 @@ def test_openapi_describes_both_bodies(client: TestClient) -> None:
 def test_http_process_does_not_load_torch() -> None:
     code = "import sys, server.app, server.reaper, server.embedded; sys.exit(bool({'torch', 'av'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_videos_of_another_tenant_do_not_exist(client: TestClient) -> None:
+    mine, deleted = complete(client), create(client)
+    assert client.delete(f"/v1/videos/{deleted}").status_code == 200
+    someone = Caller(tenant="another", key_id=None, scopes=ALL_SCOPES)
+    client.app.dependency_overrides[get_caller] = lambda: someone  # type: ignore[attr-defined]
+    for method, path in (("GET", ""), ("GET", "/content"), ("HEAD", "/content"), ("DELETE", ""), ("POST", "/remix")):
+        body = {"json": {"prompt": "covid-convex"}} if method == "POST" else {}
+        answer = client.request(method, f"/v1/videos/{mine}{path}", **body)
+        assert answer.status_code == 404, (method, path)
+        if method != "HEAD":
+            assert answer.json()["error"]["code"] == "video_not_found"
+    for cursor in (mine, deleted):
+        answer = client.get("/v1/videos", params={"after": cursor})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_cursor")
+    assert client.get("/v1/videos").json()["data"] == []
+    theirs = create(client)
+    assert [one["id"] for one in client.get("/v1/videos").json()["data"]] == [theirs]
+    with pytest.raises(NotFoundError):
+        services_of(client).jobs.cancel("another", mine)
+    client.app.dependency_overrides.clear()  # type: ignore[attr-defined]
+    assert [one["id"] for one in client.get("/v1/videos").json()["data"]] == [mine]
+    assert client.get(f"/v1/videos/{mine}").json()["status"] == "completed"
+    assert client.get("/v1/videos", params={"after": deleted}).status_code == 200

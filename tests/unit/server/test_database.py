@@ -79,6 +79,7 @@ def test_jobs_of_an_older_database_are_kept_without_stills(
     migrate(database)
     kept = repository.get(job.id)
     assert kept == job
+    assert kept.tenant == "default"
     assert (job.remixed_from, job.thumbnail_sha256, job.spritesheet_sha256) == (None, None, None)
     assert repository.add(job_values, max_queued=10).seq > job.seq
 

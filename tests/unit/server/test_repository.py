@@ -285,3 +285,24 @@ def test_expected_wait_follows_the_pace_of_finished_jobs(
     other = add_job(num_inference_steps=40)
     repository.claim(other, worker="v")
     assert repository.expected_wait_s(fetch(repository, last)) == pytest.approx(1.0 + (0.25 + 10.0) / 2)
+
+
+def test_a_tenant_sees_and_changes_its_own_jobs_alone(repository: JobRepository, add_job: AddJob) -> None:
+    mine, theirs = add_job(tenant="a"), add_job(tenant="b")
+    assert repository.get(theirs, tenant="a") is None
+    assert not repository.request_cancel(theirs, tenant="a")
+    assert repository.request_removal(theirs, tenant="a") is Removal.MISSING
+    assert repository.page(limit=10, after=theirs, newest_first=True, tenant="a") is None
+    page = repository.page(limit=10, after=None, newest_first=True, tenant="a")
+    assert page is not None
+    assert [job.id for job in page[0]] == [mine]
+    everyone = repository.page(limit=10, after=None, newest_first=True)
+    assert everyone is not None
+    assert [(job.id, job.tenant, job.status) for job in everyone[0]] == [
+        (theirs, "b", JobStatus.QUEUED),
+        (mine, "a", JobStatus.QUEUED),
+    ]
+    assert repository.request_removal(theirs, tenant="b") is Removal.READY
+    assert repository.forget([theirs]) == 1
+    assert repository.page(limit=10, after=theirs, newest_first=True, tenant="a") is None
+    assert repository.page(limit=10, after=theirs, newest_first=True, tenant="b") == ([], False)

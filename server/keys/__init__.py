@@ -1,0 +1,1 @@
+"""Keys, and what a tenant may have."""
