@@ -11,6 +11,7 @@ from server.api import files as files_api
 from server.api import health, models, videos
 from server.api.dependencies import Services
 from server.api.handlers import add_exception_handlers
+from server.api.openapi import install_openapi, operation_id
 from server.api.uploads import UPLOAD_OVERHEAD_BYTES
 from server.batches.repository import BatchRepository
 from server.batches.service import BatchService
@@ -86,6 +87,7 @@ def create_app(settings: Settings) -> FastAPI:
         summary="Synthetic medical videos on request. Research only, not for diagnosis.",
         lifespan=lifespan,
         redirect_slashes=False,
+        generate_unique_id_function=operation_id,
     )
     add_exception_handlers(app)
     app.add_middleware(
@@ -96,4 +98,6 @@ def create_app(settings: Settings) -> FastAPI:
     )
     for router in (videos.router, files_api.router, batches_api.router, models.router, health.router):
         app.include_router(router)
+    labels = [label.name for label in catalogue.default.manifest.labels]
+    install_openapi(app, labels=labels, models=list(catalogue.names))
     return app

@@ -1,6 +1,6 @@
 """/v1/batches: OpenAI's batch contract, for lines of POST /v1/videos."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from fastapi.concurrency import run_in_threadpool
@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, StrictStr
 from server.api.dependencies import ServicesDep, TenantDep
 from server.api.fields import check_fields, is_storable, read_json_object
 from server.api.files import ExpiresAfter
-from server.api.schemas import BatchList, BatchObject, ErrorEnvelope
+from server.api.openapi import error_responses, links, request_body
+from server.api.schemas import BatchList, BatchObject
 from server.batches.model import WINDOWS_S
 from server.batches.service import ENDPOINTS, BatchOrder
 from server.errors import RequestRefusedError
@@ -45,23 +46,11 @@ class CreateBatchFields(BaseModel):
     )
 
 
-_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": CreateBatchFields.model_json_schema(ref_template="#/components/schemas/{model}")
-            }
-        },
-    }
-}
-
-
-def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": ErrorEnvelope} for status in statuses}
-
-
-@router.post("", openapi_extra=_BODY, responses=_errors(400, 413, 415, 429, 503))
+@router.post(
+    "",
+    openapi_extra=request_body(CreateBatchFields, "application/json"),
+    responses={**links("batch_id", "get_batch", "cancel_batch"), **error_responses(400, 413, 415, 429, 503)},
+)
 async def create_batch(request: Request, services: ServicesDep, tenant: TenantDep) -> BatchObject:
     """Work off the lines of an uploaded file while the server has time for them."""
     fields = check_fields(CreateBatchFields, await read_json_object(request))
@@ -76,7 +65,7 @@ async def create_batch(request: Request, services: ServicesDep, tenant: TenantDe
     return BatchObject.of(await run_in_threadpool(services.batches.create, tenant, order))
 
 
-@router.get("", responses=_errors(400, 503))
+@router.get("", responses=error_responses(400, 503))
 def list_batches(
     services: ServicesDep,
     tenant: TenantDep,
@@ -94,13 +83,13 @@ def list_batches(
     )
 
 
-@router.get("/{batch_id}", responses=_errors(404, 503))
+@router.get("/{batch_id}", responses=error_responses(404, 503))
 def get_batch(batch_id: str, services: ServicesDep, tenant: TenantDep) -> BatchObject:
     """How far a batch is."""
     return BatchObject.of(services.batches.get(tenant, batch_id))
 
 
-@router.post("/{batch_id}/cancel", responses=_errors(404, 409, 503))
+@router.post("/{batch_id}/cancel", responses=error_responses(404, 409, 503))
 def cancel_batch(batch_id: str, services: ServicesDep, tenant: TenantDep) -> BatchObject:
     """Stop a batch. What is done stays; its files tell what came of every line."""
     return BatchObject.of(services.batches.cancel(tenant, batch_id))

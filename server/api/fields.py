@@ -67,6 +67,7 @@ def _number_text(value: Any) -> Any:
 
 
 Whole = Annotated[int, BeforeValidator(_no_bool)]
+One = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=1)]
 Real = Annotated[float, BeforeValidator(_no_bool)]
 
 
@@ -91,8 +92,8 @@ class CreateVideoFields(BaseModel):
     height: Whole | None = Field(None, description="Pixels; together with width another way to say size.")
     num_frames: Whole | None = Field(None, description="Frames of the video; another way to say seconds.")
     fps: Real | None = Field(None, description="Frames a second; only the model's own rate is possible.")
-    n: Whole | None = Field(None, ge=1, le=1, description="Number of videos; only 1.")
-    num_outputs_per_prompt: Whole | None = Field(None, ge=1, le=1, description="As n; only 1.")
+    n: One | None = Field(None, description="Number of videos; only 1.")
+    num_outputs_per_prompt: One | None = Field(None, description="As n; only 1.")
 
 
 class RemixVideoFields(BaseModel):

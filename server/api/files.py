@@ -9,7 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from server.api.dependencies import ServicesDep, TenantDep
 from server.api.fields import check_fields
-from server.api.schemas import DeletedFile, ErrorEnvelope, FileList, FileObject
+from server.api.openapi import error_responses, links
+from server.api.ranges import check_range
+from server.api.schemas import DeletedFile, FileList, FileObject
 from server.api.uploads import receive_upload
 from server.errors import NotFoundError, UnavailableError
 from server.storage import StorageFullError
@@ -39,6 +41,10 @@ _UPLOAD_BODY: dict[str, Any] = {
                     "type": "object",
                     "required": ["file", "purpose"],
                     "additionalProperties": False,
+                    "dependentRequired": {
+                        "expires_after[anchor]": ["expires_after[seconds]"],
+                        "expires_after[seconds]": ["expires_after[anchor]"],
+                    },
                     "properties": {
                         "file": {"type": "string", "format": "binary", "description": "The bytes, with a filename."},
                         "purpose": {"type": "string", "enum": ["batch"]},
@@ -61,11 +67,14 @@ class _UploadFields(BaseModel):
     expires_after: ExpiresAfter | None = None
 
 
-def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": ErrorEnvelope} for status in statuses}
-
-
-@router.post("", openapi_extra=_UPLOAD_BODY, responses=_errors(400, 413, 415, 503))
+@router.post(
+    "",
+    openapi_extra=_UPLOAD_BODY,
+    responses={
+        **links("file_id", "get_file", "get_file_content", "delete_file"),
+        **error_responses(400, 413, 415, 503),
+    },
+)
 async def create_file(request: Request, services: ServicesDep, tenant: TenantDep) -> FileObject:
     """Upload a file: the lines of a batch."""
     files = services.files
@@ -95,7 +104,7 @@ async def create_file(request: Request, services: ServicesDep, tenant: TenantDep
     return FileObject.of(file)
 
 
-@router.get("", responses=_errors(400, 503))
+@router.get("", responses=error_responses(400, 503))
 def list_files(
     services: ServicesDep,
     tenant: TenantDep,
@@ -117,13 +126,13 @@ def list_files(
     )
 
 
-@router.get("/{file_id}", responses=_errors(404, 503))
+@router.get("/{file_id}", responses=error_responses(404, 503))
 def get_file(file_id: str, services: ServicesDep, tenant: TenantDep) -> FileObject:
     """Describe a file."""
     return FileObject.of(services.files.get(tenant, file_id))
 
 
-@router.delete("/{file_id}", responses=_errors(404, 503))
+@router.delete("/{file_id}", responses=error_responses(404, 503))
 def delete_file(file_id: str, services: ServicesDep, tenant: TenantDep) -> DeletedFile:
     """Remove a file. A batch that reads it goes on."""
     services.files.delete(tenant, file_id)
@@ -133,9 +142,12 @@ def delete_file(file_id: str, services: ServicesDep, tenant: TenantDep) -> Delet
 @router.get(
     "/{file_id}/content",
     response_class=FileResponse,
-    responses={200: {"content": {"application/jsonl": {}}, "description": "The bytes."}, **_errors(404, 503)},
+    responses={
+        200: {"content": {"application/jsonl": {}}, "description": "The bytes."},
+        **error_responses(404, 416, 503),
+    },
 )
-def get_file_content(file_id: str, services: ServicesDep, tenant: TenantDep) -> Response:
+def get_file_content(file_id: str, request: Request, services: ServicesDep, tenant: TenantDep) -> Response:
     """Download a file, whole or a range of the bytes."""
     file = services.files.get(tenant, file_id)
     path = services.files.path(file)
@@ -144,5 +156,6 @@ def get_file_content(file_id: str, services: ServicesDep, tenant: TenantDep) -> 
     except FileNotFoundError:
         message = f"The bytes of the file {file_id} are missing on the server."
         raise NotFoundError(message, code="content_missing", param="file_id") from None
+    check_range(request, stat.st_size)
     headers = {"etag": f'"{file.sha256}"', "cache-control": "private, no-cache", "x-content-type-options": "nosniff"}
     return FileResponse(path, stat_result=stat, media_type="application/jsonl", filename=file.filename, headers=headers)

@@ -5,12 +5,13 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
-from pydantic import BaseModel
 
 from server.api.dependencies import JobServiceDep, ServicesDep, TenantDep
 from server.api.fields import CreateVideoFields, RemixVideoFields, read_order, read_remix
-from server.api.schemas import DeletedVideo, ErrorEnvelope, VideoList, VideoObject
-from server.errors import NotFoundError, RangeError, RequestRefusedError
+from server.api.openapi import error_responses, links, request_body
+from server.api.ranges import check_range
+from server.api.schemas import DeletedVideo, VideoList, VideoObject
+from server.errors import NotFoundError, RequestRefusedError
 from server.jobs.repository import JobRecord
 from server.storage import Variant
 
@@ -28,16 +29,14 @@ _MEDIA_TYPES = {
 _MEDIA: dict[str, Any] = {media_type: {} for media_type, _ in _MEDIA_TYPES.values()}
 
 
-def _body(fields: type[BaseModel]) -> dict[str, Any]:
-    schema = fields.model_json_schema()
-    return {"requestBody": {"required": True, "content": {kind: {"schema": schema} for kind in _CONTENT_TYPES}}}
+_LINKS = links("video_id", "get_video", "delete_video", "remix_video", "get_content")
 
 
-def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": ErrorEnvelope} for status in statuses}
-
-
-@router.post("", openapi_extra=_body(CreateVideoFields), responses=_errors(400, 413, 415, 429, 503))
+@router.post(
+    "",
+    openapi_extra=request_body(CreateVideoFields, *_CONTENT_TYPES),
+    responses={**_LINKS, **error_responses(400, 413, 415, 429, 503)},
+)
 async def create_video(request: Request, jobs: JobServiceDep, tenant: TenantDep) -> VideoObject:
     """Ask for a video. The answer comes at once; ask for the video by its id until it is completed."""
     order = await read_order(request)
@@ -71,7 +70,7 @@ def get_character(character_id: str) -> VideoObject:
     )
 
 
-@router.get("", responses=_errors(400, 503))
+@router.get("", responses=error_responses(400, 503))
 def list_videos(
     jobs: JobServiceDep,
     tenant: TenantDep,
@@ -91,7 +90,9 @@ def list_videos(
 
 
 @router.post(
-    "/{video_id}/remix", openapi_extra=_body(RemixVideoFields), responses=_errors(400, 404, 409, 413, 415, 429, 503)
+    "/{video_id}/remix",
+    openapi_extra=request_body(RemixVideoFields, *_CONTENT_TYPES),
+    responses={**_LINKS, **error_responses(400, 404, 409, 413, 415, 429, 503)},
 )
 async def remix_video(video_id: str, request: Request, jobs: JobServiceDep, tenant: TenantDep) -> VideoObject:
     """Ask for a completed video again with another label: the same seed, size, length and settings."""
@@ -99,7 +100,7 @@ async def remix_video(video_id: str, request: Request, jobs: JobServiceDep, tena
     return VideoObject.of(await run_in_threadpool(jobs.remix, tenant, video_id, prompt))
 
 
-@router.get("/{video_id}", responses=_errors(404, 503))
+@router.get("/{video_id}", responses=error_responses(404, 503))
 def get_video(video_id: str, jobs: JobServiceDep, tenant: TenantDep, response: Response) -> VideoObject:
     """How far a video is. One that failed is answered with 200 and status failed."""
     job = jobs.get(tenant, video_id)
@@ -108,7 +109,7 @@ def get_video(video_id: str, jobs: JobServiceDep, tenant: TenantDep, response: R
     return VideoObject.of(job)
 
 
-@router.delete("/{video_id}", responses=_errors(404, 503))
+@router.delete("/{video_id}", responses=error_responses(404, 503))
 def delete_video(video_id: str, jobs: JobServiceDep, tenant: TenantDep) -> DeletedVideo:
     """Remove a video and its files; one that is not finished is cancelled."""
     jobs.delete(tenant, video_id)
@@ -123,7 +124,7 @@ def delete_video(video_id: str, jobs: JobServiceDep, tenant: TenantDep) -> Delet
         200: {"content": _MEDIA, "description": "The file: MP4, WebP of the middle frame, or JPEG of all frames."},
         206: {"content": _MEDIA, "description": "The asked-for bytes of it."},
         304: {"description": "The file is the one that the client has."},
-        **_errors(400, 404, 409, 416, 503),
+        **error_responses(400, 404, 409, 416, 503),
     },
 )
 def get_content(
@@ -132,7 +133,11 @@ def get_content(
     services: ServicesDep,
     tenant: TenantDep,
     variant: Annotated[
-        str, Query(description="What to download: video, thumbnail (WebP) or spritesheet (JPEG).", max_length=80)
+        str,
+        Query(
+            description="What to download: video, thumbnail (WebP) or spritesheet (JPEG).",
+            json_schema_extra={"enum": list(Variant)},
+        ),
     ] = "video",
 ) -> Response:
     """Download the video, its thumbnail or its sheet of frames, whole or a range of the bytes.
@@ -162,7 +167,7 @@ def get_content(
     headers = {"etag": etag, "cache-control": "private, no-cache"}
     if etag in [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]:
         return Response(status_code=304, headers=headers)
-    _check_range(request, stat.st_size)
+    check_range(request, stat.st_size)
     media_type, ending = _MEDIA_TYPES[wanted]
     return FileResponse(path, stat_result=stat, media_type=media_type, filename=f"{video_id}{ending}", headers=headers)
 
@@ -173,32 +178,3 @@ def _sha256(job: JobRecord, variant: Variant) -> str | None:
     if variant is Variant.SPRITESHEET:
         return job.spritesheet_sha256
     return job.sha256
-
-
-def _check_range(request: Request, size: int) -> None:
-    """Leave one satisfiable range to ``FileResponse``, refuse one that is not, and overlook all else.
-
-    A server may overlook any Range header; several ranges at once have only ever been used to attack.
-    """
-    text = request.headers.get("range")
-    if text is None:
-        return
-    unit, _, spec = text.partition("=")
-    first, dash, last = (part.strip() for part in spec.partition("-"))
-    numbers = [part for part in (first, last) if part]
-    is_usable = (
-        unit.strip().lower() == "bytes"
-        and dash == "-"
-        and bool(numbers)
-        and all(part.isascii() and part.isdigit() and len(part) < 19 for part in numbers)
-        and not (first and last and int(first) > int(last))
-    )
-    if not is_usable:
-        request.scope["headers"] = [pair for pair in request.scope["headers"] if pair[0] != b"range"]
-    elif (first and int(first) >= size) or (not first and int(last) == 0):
-        raise RangeError(
-            f"range: {text[:80]!r} lies outside of the file, which has {size} bytes.",
-            param="range",
-            code="range_not_satisfiable",
-            headers={"content-range": f"bytes */{size}"},
-        )
