@@ -36,7 +36,11 @@ warm() { # NAME OPTIONS...: compile what bench will need, and tell how long a co
 bench --help >/dev/null || exit 1
 
 for test in $TESTS; do
-    aside "test-$test" "$PYTHON" -m pytest -q -p no:cacheprovider -rfE --durations 3 "tests/gpu/test_${test}_cuda.py"
+    # a hundred tests that each compile kernels: side by side where pytest-xdist is there
+    parallel=""
+    [ "$test" = ssd ] && "$PYTHON" -c "import xdist" 2>/dev/null && parallel="-n 6"
+    aside "test-$test" "$PYTHON" -m pytest -q -p no:cacheprovider -rfE --durations 3 $parallel \
+        "tests/gpu/test_${test}_cuda.py"
 done
 warm base-64 --preset base --batch 64
 warm base-128 --preset base --batch 128
