@@ -157,6 +157,8 @@ def _check_manifest(config: ModelConfig, manifest: Manifest) -> None:
         only = f"{grid[1] * pixels}x{grid[0] * pixels}"
         raise ValueError(f"limits allow sizes {limits.sizes}; positions are stored for {only} alone")
     prediction = config.denoiser.prediction
+    if limits.clean_prefixes and prediction != "velocity":
+        raise ValueError(f"limits.clean_prefixes is for a predicted velocity; the denoiser predicts {prediction}")
     unfit = [name for name in limits.samplers if name not in SAMPLERS_OF[prediction]]
     if unfit:
         raise ValueError(
@@ -212,10 +214,13 @@ def _json_bytes(value: object) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def write_tiny_checkpoint(directory: str | Path, *, seed: int = 0) -> Path:
+def write_tiny_checkpoint(directory: str | Path, *, seed: int = 0, max_frames: int | None = None) -> Path:
     """Write an untrained checkpoint of preset ``tiny``: makes noise, fast. For tests and trying things out.
 
     16 frames of 32x32 pixels at 8 frames a second, labels ``regular-convex`` and ``covid-convex``.
+
+    Args:
+        max_frames: Of a checkpoint that says to be trained with clean prefixes; None is one without.
     """
     config = preset("tiny", {"finding": ("regular", "covid"), "probe": ("convex",)})
     with torch.random.fork_rng(devices=[]):
@@ -250,6 +255,8 @@ def write_tiny_checkpoint(directory: str | Path, *, seed: int = 0) -> Path:
             num_inference_steps=(1, 4, 1000),
             guidance_scale=(1.0, 1.0, 10.0),
             samplers=("euler", "heun"),
+            clean_prefixes=max_frames is not None,
+            max_frames=max_frames,
         ),
     )
     save_checkpoint(

@@ -9,10 +9,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from medsora.diffusion.guidance import guided
+from medsora.diffusion.path import held
 from medsora.diffusion.samplers import OnStep, Step
 
 __all__ = ["GraphedFunction", "GraphedMap", "GraphedSampler"]
@@ -77,6 +78,7 @@ class _Buffers:
         self.x, self.fresh_noise = torch.empty_like(noise), torch.zeros_like(noise)
         self.condition = torch.empty_like(condition)
         self.guidance_scale = torch.ones((), dtype=noise.dtype, device=noise.device)
+        self.is_known = torch.zeros(noise.shape[0], noise.shape[2], dtype=torch.bool, device=noise.device)
 
 
 class GraphedSampler:
@@ -85,7 +87,7 @@ class GraphedSampler:
     def __init__(self, predict: PredictFn, null_condition: Int[Tensor, " k"], *, pool: Any) -> None:
         """
         Args:
-            predict: ``(x, t, condition) -> prediction``; ``t`` is a 0-d tensor.
+            predict: ``(x, t, condition) -> prediction``; ``t`` is a 0-d tensor, or one of each frame (b f).
         """
         self._predict, self._null_condition, self._pool = predict, null_condition, pool
         self._buffers: dict[tuple[Any, ...], _Buffers] = {}
@@ -98,6 +100,7 @@ class GraphedSampler:
         condition: Int[Tensor, "b k"],
         guidance_scale: float,
         *,
+        is_known: Bool[Tensor, "b f"] | None = None,
         draw_noise: Callable[[int], Tensor] | None = None,
         on_step: OnStep | None = None,
     ) -> Float[Tensor, "b c f h w"]:
@@ -106,11 +109,15 @@ class GraphedSampler:
         The host stays one step ahead of the device, so ``on_step`` is called while the next step runs; an exception
         raised in it lets that step run out.
 
+        Args:
+            is_known: Frames that ``noise`` holds clean, which stay as they are. A recording of its own serves any of
+                them; without it nothing of this is computed.
+
         Returns:
             The buffer of this shape: copy it, or be done with it before the next call.
         """
         is_guided = guidance_scale != 1
-        key = (tuple(noise.shape), is_guided)
+        key = (tuple(noise.shape), is_known is not None, is_guided)
         if key not in self._buffers:
             self._buffers[key] = _Buffers(noise, condition)
         buffers = self._buffers[key]
@@ -122,6 +129,8 @@ class GraphedSampler:
         buffers.x.copy_(noise)
         buffers.condition.copy_(condition)
         buffers.guidance_scale.fill_(guidance_scale)
+        if is_known is not None:
+            buffers.is_known.copy_(is_known)
         finished: list[torch.cuda.Event] = []
         for number, (step, (graph, values)) in enumerate(zip(steps, graphs, strict=True)):
             values.copy_(plan[number, : len(values)])
@@ -145,10 +154,12 @@ class GraphedSampler:
         """The recorded step of this kind and shape, and the buffer of its values."""
         graph_key = (step.function, *key)
         if graph_key not in self._graphs:
-            buffers, is_guided = self._buffers[key], key[-1]
+            buffers, (has_known, is_guided) = self._buffers[key], key[-2:]
             values = torch.tensor(step.values, dtype=buffers.x.dtype, device=buffers.x.device)
             scale = buffers.guidance_scale if is_guided else 1.0
             predict = guided(self._predict, buffers.condition, self._null_condition, scale)
+            if has_known:
+                predict = held(predict, buffers.is_known)
             fresh = {"noise": buffers.fresh_noise} if step.draws_noise else {}
             buffers.x.zero_()
             buffers.condition.copy_(self._null_condition.expand_as(buffers.condition))

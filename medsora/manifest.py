@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from medsora.errors import CheckpointError
 from medsora.files import read_bounded
+from medsora.geometry import CHUNK_FRAMES
 from medsora.jsonconfig import from_json
 
 __all__ = [
@@ -62,6 +63,34 @@ class Limits:
     guidance_scale: tuple[float, float, float]
     """Least, default, most; 1 is no guidance."""
     samplers: tuple[str, ...]
+    clean_prefixes: bool = False
+    """Whether the denoiser was trained to go on from frames that it is given clean: what clips that begin with given
+    frames, and those longer than any of ``num_frames``, need."""
+    max_frames: int | None = None
+    """With clean prefixes: frames of the longest clip, made in windows; every multiple of 8 up to it can be had."""
+
+    @property
+    def window(self) -> int:
+        """Frames that are sampled at once: the most that the denoiser was trained for."""
+        return max(self.num_frames)
+
+    @property
+    def longest(self) -> int:
+        """Frames of the longest clip."""
+        return self.window if self.max_frames is None else self.max_frames
+
+    def can_make(self, num_frames: int) -> bool:
+        """Whether a clip of that many frames can be had."""
+        in_windows = self.clean_prefixes and num_frames % CHUNK_FRAMES == 0 < num_frames
+        return num_frames in self.num_frames or (in_windows and self.window < num_frames <= self.longest)
+
+    @property
+    def lengths(self) -> tuple[str, ...]:
+        """Every length in frames that can be had, in words."""
+        beyond = self.window + CHUNK_FRAMES
+        if self.longest < beyond:
+            return tuple(map(str, self.num_frames))
+        return (*map(str, self.num_frames), f"multiples of {CHUNK_FRAMES} from {beyond} to {self.longest}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +145,18 @@ class Manifest:
         ):
             if not 1 <= low <= default <= high:
                 raise ValueError(f"limits.{key} must rise from 1 or more, got {(low, default, high)}")
+        if limits.clean_prefixes and limits.window < 2 * CHUNK_FRAMES:
+            raise ValueError(
+                f"limits.clean_prefixes needs windows of {2 * CHUNK_FRAMES} frames or more: a known chunk of "
+                f"{CHUNK_FRAMES} and a new one; limits.num_frames are {limits.num_frames}"
+            )
+        if limits.max_frames is not None and not (
+            limits.clean_prefixes and limits.max_frames >= limits.window and limits.max_frames % CHUNK_FRAMES == 0
+        ):
+            raise ValueError(
+                f"limits.max_frames must be a multiple of {CHUNK_FRAMES}, from {limits.window} on, and only with "
+                f"limits.clean_prefixes; got {limits.max_frames}"
+            )
 
     @property
     def label_names(self) -> tuple[str, ...]:

@@ -18,14 +18,17 @@ from torch import Tensor
 
 from medsora.checkpoint import LoadedCheckpoint, load_checkpoint
 from medsora.diffusion.guidance import guided
+from medsora.diffusion.path import held, interpolate
 from medsora.diffusion.samplers import SAMPLERS, OnStep, sample
 from medsora.errors import BackendError, CheckpointError, VideoError
-from medsora.geometry import latent_shape
+from medsora.geometry import CHUNK_FRAMES, TEMPORAL_STRIDE, latent_shape
 from medsora.graphs import GraphedMap, GraphedSampler
 from medsora.manifest import Manifest, find_checkpoint
+from medsora.models.autoencoder import StreamState
 from medsora.ops import resolve_backend
 from medsora.request import GenerationRequest
-from medsora.video_io import to_pixels
+from medsora.video_io import from_uint8, to_pixels
+from medsora.windows import ClipPlan, Window, plan_clip
 
 __all__ = ["BATCH_SIZES", "COMPILED", "VideoPipeline", "device_named", "initial_noise"]
 
@@ -39,7 +42,9 @@ Frames = UInt8[np.ndarray, "f h w c"]
 logger = logging.getLogger(__name__)
 
 
-def initial_noise(seed: int, shape: tuple[int, ...], *, step: int | None = None) -> Float[Tensor, "c f h w"]:
+def initial_noise(
+    seed: int, shape: tuple[int, ...], *, step: int | None = None, window: int = 0
+) -> Float[Tensor, "c f h w"]:
     """Standard normal noise that depends on the seed and shape alone, not on device or batch. float32, CPU.
 
     From numpy's frozen generator: it uses all bits of the seed, where torch's on a CPU uses the lowest 32, and its
@@ -47,8 +52,10 @@ def initial_noise(seed: int, shape: tuple[int, ...], *, step: int | None = None)
 
     Args:
         step: None for where sampling starts; the number of a step for the fresh noise of that step.
+        window: Number of the window, of a clip that is made in several; they take no fresh noise.
     """
-    entropy = np.random.SeedSequence(seed, spawn_key=() if step is None else (step,))
+    key = (0, window) if window else () if step is None else (step,)
+    entropy = np.random.SeedSequence(seed, spawn_key=key)
     generator = np.random.RandomState(np.random.MT19937(entropy))
     return torch.from_numpy(generator.standard_normal(shape)).float()
 
@@ -161,26 +168,30 @@ class VideoPipeline:
         self,
         requests: Sequence[GenerationRequest],
         *,
+        sources: Sequence[Frames] | None = None,
         on_step: OnStep | None = None,
     ) -> list[Frames]:
         """Generate one clip a request, as one batch.
 
         Args:
             requests: Made by :func:`medsora.request.resolve_request` for this checkpoint, and alike in shape,
-                steps, guidance and sampler.
+                steps, guidance and sampler, in what is given of them, and in how far an edit goes.
+            sources: uint8 RGB (f h w 3) of each request, where requests are of clips that begin with given frames,
+                or of edits: as many frames as their ``source_frames``.
             on_step: Called with (steps done, steps in all) after each step; raise
                 :class:`medsora.errors.GenerationCanceled` in it to stop.
 
         Returns:
-            uint8 RGB frames (f h w 3) of each request, in order. Equal requests give equal frames.
+            uint8 RGB frames (f h w 3) of each request, in order. Equal requests give equal frames. Given frames are
+            shown as the autoencoder codes them.
 
         Raises:
-            ValueError: No requests, or requests that cannot share a batch.
+            ValueError: No requests, requests that cannot share a batch, or sources that are not theirs.
         """
-        if len({request.shape_key for request in requests}) != 1:
-            raise ValueError("requests of one call must be alike in frames, size, steps, guidance and sampler")
+        self._check(requests, sources)
         clips: list[Frames] = []
         parts = self._parts(len(requests))
+        is_plain = self._is_plain(requests[0])
         for number, (count, size) in enumerate(parts):
             part = requests[len(clips) : len(clips) + count]
 
@@ -188,11 +199,63 @@ class VideoPipeline:
                 if on_step is not None:
                     on_step(number * total + done, len(parts) * total)
 
-            # what fills a batch up is sampled too, and dropped
-            filled = [*part, *[part[-1]] * (size - count)]
-            with self._lock:
-                clips += self._generate(filled, step if on_step is not None else None)[:count]
+            reported = step if on_step is not None else None
+            if is_plain:
+                # what fills a batch up is sampled too, and dropped
+                filled = [*part, *[part[-1]] * (size - count)]
+                with self._lock:
+                    clips += self._generate(filled, reported)[:count]
+            else:
+                given = None if sources is None else sources[len(clips) : len(clips) + count]
+                pieces = list(self._in_windows(part, given, size, reported))
+                clips += [np.concatenate(of_clip) for of_clip in zip(*pieces, strict=True)]
         return clips
+
+    def stream(
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        sources: Sequence[Frames] | None = None,
+        on_step: OnStep | None = None,
+    ) -> Iterator[list[Frames]]:
+        """As a call, piece by piece: memory does not grow with the length of the clips.
+
+        Returns:
+            The next frames of every request, again and again; all pieces together are what a call returns, to the
+            rounding of the decoder.
+
+        Raises:
+            ValueError: As a call; also for more requests than are sampled as one batch.
+        """
+        self._check(requests, sources)
+        parts = self._parts(len(requests))
+        if len(parts) != 1:
+            raise ValueError(f"at most {parts[0][0]} requests are streamed together, got {len(requests)}")
+        return self._in_windows(requests, sources, parts[0][1], on_step)
+
+    def plan(self, request: GenerationRequest) -> ClipPlan:
+        """In which windows the clip is made."""
+        return plan_clip(request.num_frames, prefix_frames=request.prefix_frames, window=self.manifest.limits.window)
+
+    def _is_plain(self, request: GenerationRequest) -> bool:
+        return not request.source_frames and request.num_frames <= self.manifest.limits.window
+
+    def _check(self, requests: Sequence[GenerationRequest], sources: Sequence[Frames] | None) -> None:
+        """Refuse requests that cannot share a batch, and sources that are not theirs."""
+        if len({request.shape_key for request in requests}) != 1:
+            raise ValueError(
+                "requests of one call must be alike in frames, size, steps, guidance, sampler, prefix and strength"
+            )
+        first = requests[0]
+        if not first.source_frames and sources is not None:
+            raise ValueError("sources are given, and no request has any")
+        if not self._is_plain(first) and SAMPLERS[first.sampler].steps_from is None:
+            raise ValueError(f"{first.sampler} samples single windows from noise alone")
+        if first.source_frames:
+            wanted = (first.source_frames, first.height, first.width, 3)
+            shapes = [] if sources is None else [source.shape for source in sources]
+            if shapes != [wanted] * len(requests) or any(source.dtype != np.uint8 for source in sources or ()):
+                raise ValueError(f"each request needs a source of uint8 {wanted}, got {shapes}")
 
     def warm_up(self, requests: Sequence[GenerationRequest]) -> dict[int, float]:
         """Compile and record what requests of these shapes need, for every batch size; nothing where not compiled.
@@ -258,7 +321,8 @@ class VideoPipeline:
         return to_pixels(video), torch.isfinite(video).all()
 
     def _predict(self, x: Tensor, t: Any, condition: Tensor) -> Tensor:
-        """The network at one time for all frames; the sampler's state keeps its type, only the network has its own."""
+        """The network at one time for all frames, or at one of each; the sampler's state keeps its type, only the
+        network has its own."""
         times = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(x.shape[0], x.shape[2])
         predicted: Tensor = self.denoiser(x.to(self.dtype), times, condition)
         return predicted.to(x.dtype)
@@ -266,12 +330,120 @@ class VideoPipeline:
     def sample_latents(
         self, requests: Sequence[GenerationRequest], *, on_step: OnStep | None = None
     ) -> Float[Tensor, "b c f h w"]:
-        """Sample the latents of requests that are alike, as one batch; see :meth:`__call__`.
+        """Sample the latents of requests that are alike, as one batch; see :meth:`__call__`. One window, no sources.
 
         Where the pipeline is compiled this is a buffer, as in :meth:`decode`, and a new number of requests compiles.
         """
+        if not self._is_plain(requests[0]):
+            raise ValueError("latents are sampled of clips of one window without sources; stream the others")
         with self._running():
             return self._sample(requests, on_step)
+
+    def _in_windows(
+        self,
+        requests: Sequence[GenerationRequest],
+        sources: Sequence[Frames] | None,
+        size: int,
+        on_step: OnStep | None,
+    ) -> Iterator[list[Frames]]:
+        """Frames of every request, window by window. The lock is free while the caller has the turn.
+
+        Args:
+            size: Batch that it runs in; what fills it up is dropped.
+        """
+        count, spare = len(requests), size - len(requests)
+        requests = [*requests, *[requests[-1]] * spare]
+        first, plan = requests[0], self.plan(requests[0])
+        decoding = StreamState()
+        shown = 0  # frames of the plan that were decoded
+
+        def show(latents: Tensor) -> list[Frames]:
+            nonlocal shown
+            begin, end = plan.fill - shown, plan.fill + plan.shown - shown
+            shown += latents.shape[2] * TEMPORAL_STRIDE
+            frames = self._decode_next(latents, decoding)
+            return [clip[max(0, begin) : max(0, end)] for clip in frames[:count]]
+
+        given: Tensor | None = None  # latents of the prefix, or of the clip that is edited
+        if sources is not None:
+            with self._lock, self._running():
+                given = self._encode(np.stack([*sources, *[sources[-1]] * spare]), fill=plan.fill)
+        known: Tensor | None = None  # the last latents of what is known
+        if given is not None and first.prefix_frames:
+            known = given
+            for chunk in _chunks(given):
+                with self._lock, self._running():
+                    pieces = show(chunk)
+                yield pieces
+        for number, window in enumerate(plan.windows):
+
+            def step(done: int, total: int, number: int = number) -> None:
+                if on_step is not None:
+                    on_step(number * total + done, len(plan.windows) * total)
+
+            with self._lock, self._running():
+                edited = None if first.strength == 1 else given
+                latents = self._sample_window(requests, number, window, known, edited, step)
+                known = latents.clone()
+                pieces = show(known[:, :, window.known // TEMPORAL_STRIDE :])
+            yield pieces
+
+    def _sample_window(
+        self,
+        requests: Sequence[GenerationRequest],
+        number: int,
+        window: Window,
+        known: Tensor | None,
+        edited: Tensor | None,
+        on_step: OnStep,
+    ) -> Tensor:
+        """Latents of a window whose first frames are known.
+
+        Args:
+            known: Latents that end where the window's known frames do.
+            edited: Latents of the clips that are edited.
+        """
+        begin, end, length = (frames // TEMPORAL_STRIDE for frames in (window.begin, window.end, window.known))
+        is_known = torch.zeros(len(requests), end - begin, dtype=torch.bool, device=self.device)
+
+        def start(noise: Tensor) -> Tensor:
+            if edited is not None:
+                strength = torch.full(is_known.shape, requests[0].strength, dtype=noise.dtype, device=noise.device)
+                noise = interpolate(edited[:, :, begin:end].to(noise.dtype), noise, strength)
+            if length:
+                assert known is not None  # a plan begins without known frames, or with given ones
+                noise[:, :, :length] = known[:, :, -length:].to(noise.dtype)
+                is_known[:, :length] = True
+            return noise
+
+        requests = [replace(request, num_frames=window.end - window.begin) for request in requests]
+        return self._sample(requests, on_step, window=number, start=start, is_known=is_known if length else None)
+
+    def _encode(self, frames: UInt8[np.ndarray, "b f h w c"], *, fill: int) -> Tensor:
+        """Latents of videos, with copies of the first frame before it, and of the last after it up to whole chunks."""
+        rest = -(fill + frames.shape[1]) % CHUNK_FRAMES
+        padded = np.concatenate(
+            [frames[:, :1].repeat(fill, axis=1), frames, frames[:, -1:].repeat(rest, axis=1)], axis=1
+        )
+        state, latents = StreamState(), []
+        for begin in range(0, padded.shape[1], CHUNK_FRAMES):
+            chunk = torch.from_numpy(padded[:, begin : begin + CHUNK_FRAMES]).to(self.device)
+            latents.append(self.autoencoder.encode(from_uint8(chunk).to(self.dtype), state))
+        return torch.cat(latents, dim=2)
+
+    def _decode_next(self, latents: Tensor, state: StreamState) -> list[Frames]:
+        """Frames of the next latents of videos, chunk by chunk.
+
+        Raises:
+            VideoError: They are not finite.
+        """
+        decoded = []
+        for chunk in _chunks(latents):
+            video = self.autoencoder.decode(chunk.to(self.dtype), state)
+            if not torch.isfinite(video).all():
+                raise VideoError("the video has values that are not finite: the sampler has diverged")
+            decoded.append(to_pixels(video).cpu().numpy())
+        return list(np.concatenate(decoded, axis=1))
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -288,7 +460,22 @@ class VideoPipeline:
         """Whether the networks are compiled, and their calls recorded as CUDA graphs."""
         return self._sample_by_graphs is not None
 
-    def _sample(self, requests: Sequence[GenerationRequest], on_step: OnStep | None) -> Tensor:
+    def _sample(
+        self,
+        requests: Sequence[GenerationRequest],
+        on_step: OnStep | None,
+        *,
+        window: int = 0,
+        start: Callable[[Tensor], Tensor] = lambda noise: noise,
+        is_known: Tensor | None = None,
+    ) -> Tensor:
+        """Latents of requests that are alike.
+
+        Args:
+            window: Which one of their clips.
+            start: From noise to where the sampler begins.
+            is_known: Frames (b f) that this leaves clean, which stay as they are.
+        """
         first = requests[0]
         latent = latent_shape(first.num_frames, first.height, first.width)
         shape = (self.config.denoiser.in_channels, *latent)
@@ -296,25 +483,41 @@ class VideoPipeline:
 
         def noise_of_step(step: int | None) -> Tensor:
             # numpy lets go of the interpreter's lock: drawn one by one, 64 clips would wait 30 ms for their noise
-            draws = self._threads.map(lambda request: initial_noise(request.seed, shape, step=step), requests)
+            draws = self._threads.map(
+                lambda request: initial_noise(request.seed, shape, step=step, window=window), requests
+            )
             return torch.stack(list(draws)).to(precision).to(self.device)
 
         conditions = {label.name: label.condition for label in self.manifest.labels}
         indices = [self.config.condition_indices(conditions[request.label]) for request in requests]
         condition = torch.tensor(indices, dtype=torch.long).reshape(len(requests), -1).to(self.device)
-        steps = SAMPLERS[first.sampler].steps(first.num_inference_steps)
+        sampler = SAMPLERS[first.sampler]
+        steps = sampler.steps(first.num_inference_steps)
+        if first.strength < 1:
+            assert sampler.steps_from is not None  # _check
+            steps = sampler.steps_from(first.num_inference_steps, first.strength)
+        noise = start(noise_of_step(None))
         if self._sample_by_graphs is not None:
             self.denoiser.make_tables(latent, self.device)
             return self._sample_by_graphs.sample(
                 steps,
-                noise_of_step(None),
+                noise,
                 condition,
                 first.guidance_scale,
+                is_known=is_known,
                 draw_noise=noise_of_step,
                 on_step=on_step,
             )
         predict = guided(self._predict, condition, self._null_condition, first.guidance_scale)
-        return sample(steps, predict, noise_of_step(None), draw_noise=noise_of_step, on_step=on_step)
+        if is_known is not None:
+            predict = held(predict, is_known)
+        return sample(steps, predict, noise, draw_noise=noise_of_step, on_step=on_step)
+
+
+def _chunks(latents: Float[Tensor, "b c f h w"]) -> list[Tensor]:
+    """Latents chunk by chunk of what the autoencoder codes as one."""
+    length = CHUNK_FRAMES // TEMPORAL_STRIDE
+    return [latents[:, :, begin : begin + length] for begin in range(0, latents.shape[2], length)]
 
 
 def _can_compile(device: torch.device, compiled: str) -> bool:

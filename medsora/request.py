@@ -8,13 +8,16 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from medsora.config import SAMPLERS_OF
 from medsora.errors import RequestError
+from medsora.geometry import CHUNK_FRAMES
 from medsora.manifest import Label, Manifest, normalise_label
 
 __all__ = [
     "MAX_SEED",
     "GenerationRequest",
     "frames_for_seconds",
+    "no_clean_prefixes",
     "random_seed",
     "resolve_label",
     "resolve_request",
@@ -42,12 +45,23 @@ class GenerationRequest:
     guidance_scale: float
     """Classifier-free guidance; 1 is none."""
     sampler: str
+    prefix_frames: int = 0
+    """Frames at the beginning that are given; the frames themselves go beside the request."""
+    strength: float = 1.0
+    """Below 1 the clip is an edit of a given clip of equal shape, which is put back to this time between data and noise
+    before it is sampled: the lower, the more of it stays. 1 is from noise alone."""
 
     @property
-    def shape_key(self) -> tuple[int, int, int, int, float, str]:
+    def shape_key(self) -> tuple[int, int, int, int, float, str, int, float]:
         """What requests must have in common to be sampled as one batch."""
         steps, guidance = self.num_inference_steps, self.guidance_scale
-        return (self.num_frames, self.height, self.width, steps, guidance, self.sampler)
+        size = (self.num_frames, self.height, self.width)
+        return (*size, steps, guidance, self.sampler, self.prefix_frames, self.strength)
+
+    @property
+    def source_frames(self) -> int:
+        """Frames that must be given beside the request."""
+        return self.num_frames if self.strength < 1 else self.prefix_frames
 
 
 def random_seed() -> int:
@@ -75,13 +89,20 @@ def frames_for_seconds(manifest: Manifest, seconds: str) -> int:
     Raises:
         RequestError: No number, or a length the checkpoint cannot make.
     """
-    for num_frames in manifest.limits.num_frames:
-        try:
-            if math.isclose(float(seconds), float(manifest.seconds_for(num_frames)), abs_tol=1e-9):
-                return num_frames
-        except ValueError:
-            break
-    allowed = [manifest.seconds_for(num_frames) for num_frames in manifest.limits.num_frames]
+    limits = manifest.limits
+    try:
+        wanted = float(seconds)
+    except ValueError:
+        wanted = math.nan
+    if 0 < wanted * limits.fps <= limits.longest + 1:
+        nearest = round(wanted * limits.fps)
+        # such as 1.333 where three frames last a second: seconds are written with three digits
+        if limits.can_make(nearest) and math.isclose(wanted, float(manifest.seconds_for(nearest)), abs_tol=1e-9):
+            return nearest
+    allowed = [manifest.seconds_for(num_frames) for num_frames in limits.num_frames]
+    if limits.longest > limits.window:
+        step, first = manifest.seconds_for(CHUNK_FRAMES), manifest.seconds_for(limits.window + CHUNK_FRAMES)
+        allowed.append(f"multiples of {step} from {first} to {manifest.seconds_for(limits.longest)}")
     raise RequestError("seconds", f"{manifest.name} cannot make {str(seconds)[:40]!r} seconds", allowed)
 
 
@@ -96,12 +117,16 @@ def resolve_request(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     sampler: str | None = None,
+    prefix_frames: int = 0,
+    strength: float = 1.0,
 ) -> GenerationRequest:
     """Fill in the checkpoint's defaults for what is None, and check everything against its limits.
 
     Args:
         label: A name or synonym of a label.
         height: Pixels; give both height and width, or neither.
+        prefix_frames: Frames that are given, from 1 to one less than ``num_frames``; 0 is none.
+        strength: Of an edit, above 0 and below 1; 1 is none.
 
     Raises:
         RequestError: With the field, and the values allowed for it.
@@ -120,8 +145,8 @@ def resolve_request(
         name = f"{size[0]}x{size[1]}"
         raise RequestError("size", f"{manifest.name} cannot make {name}", _size_names(limits.sizes))
     frames = limits.num_frames[0] if num_frames is None else num_frames
-    if frames not in limits.num_frames:
-        raise RequestError("num_frames", f"{manifest.name} cannot make {frames} frames", limits.num_frames)
+    if not limits.can_make(frames):
+        raise RequestError("num_frames", f"{manifest.name} cannot make {frames} frames", limits.lengths)
     steps = steps_default if num_inference_steps is None else num_inference_steps
     if not steps_low <= steps <= steps_high:
         raise RequestError("num_inference_steps", f"{steps} is out of range", [f"{steps_low} to {steps_high}"])
@@ -132,6 +157,7 @@ def resolve_request(
     chosen = limits.samplers[0] if sampler is None else sampler
     if chosen not in limits.samplers:
         raise RequestError("sampler", f"{manifest.name} has no sampler {chosen[:40]!r}", limits.samplers)
+    _check_source(manifest, frames, chosen, prefix_frames, strength)
     return GenerationRequest(
         label=resolve_label(manifest, label).name,
         seed=seed,
@@ -141,6 +167,31 @@ def resolve_request(
         num_inference_steps=steps,
         guidance_scale=guidance,
         sampler=chosen,
+        prefix_frames=prefix_frames,
+        strength=float(strength),
+    )
+
+
+def _check_source(manifest: Manifest, num_frames: int, sampler: str, prefix_frames: int, strength: float) -> None:
+    """Refuse what needs given frames and cannot be had."""
+    if prefix_frames and not manifest.limits.clean_prefixes:
+        raise RequestError("prefix_frames", no_clean_prefixes(manifest), [0])
+    if not 0 <= prefix_frames < num_frames:
+        problem = f"{prefix_frames} given frames of a clip of {num_frames} leave nothing to make"
+        raise RequestError("prefix_frames", problem, [f"0 to {num_frames - 1}"])
+    if not 0 < strength <= 1:  # also refuses nan
+        raise RequestError("strength", f"{strength} is out of range", ["above 0, to 1"])
+    if strength < 1 and prefix_frames:
+        raise RequestError("strength", "an edit has no prefix of given frames", [1])
+    if strength < 1 and sampler not in SAMPLERS_OF["velocity"]:
+        raise RequestError("sampler", f"edits cannot be sampled with {sampler}", SAMPLERS_OF["velocity"])
+
+
+def no_clean_prefixes(manifest: Manifest) -> str:
+    """Why a checkpoint cannot go on from given frames."""
+    return (
+        f"{manifest.name} was trained without clean prefixes (limits.clean_prefixes of its manifest is false) and "
+        "cannot go on from given frames"
     )
 
 

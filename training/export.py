@@ -16,6 +16,7 @@ from torch import Tensor
 
 from medsora.checkpoint import load_checkpoint, save_checkpoint
 from medsora.config import SAMPLERS_OF, ModelConfig
+from medsora.geometry import CHUNK_FRAMES
 from medsora.manifest import FORMAT_VERSION, Label, Limits, Manifest, normalise_label
 from training.config import DataConfig
 from training.errors import TrainingError
@@ -43,6 +44,9 @@ class Sampling:
 
     num_inference_steps: tuple[int, int, int] = (1, 30, 250)
     guidance_scale: tuple[float, float, float] = (1.0, 1.5, 8.0)
+    max_frames: int = 512
+    """Frames of the longest clip, where the denoiser was trained with clean prefixes: windows add up without end, but
+    nobody has looked at what becomes of a longer one."""
     sampler: str | None = None
     """The default one; None is the first of those that can use what the network predicts. All of those are allowed."""
 
@@ -159,7 +163,15 @@ def export_checkpoint(
     config, data = denoiser.config.model, denoiser.config.data
     training = {"autoencoder": coder_summary, "denoiser": _run_summary(denoiser)}
     manifest = _manifest(
-        name, licence, config, data, denoiser.about["clips"], training, sampling or Sampling(), metrics or {}
+        name,
+        licence,
+        config,
+        data,
+        denoiser.about["clips"],
+        training,
+        sampling or Sampling(),
+        metrics or {},
+        clean_prefixes=denoiser.config.denoiser_loss.clean_prefixes > 0 and data.num_frames >= 2 * CHUNK_FRAMES,
     )
     scratch = directory.with_name(f".{directory.name}.new")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -214,6 +226,8 @@ def _manifest(
     training: dict[str, Any],
     sampling: Sampling,
     metrics: dict[str, Any],
+    *,
+    clean_prefixes: bool,
 ) -> Manifest:
     conditions: list[dict[str, str]] = []
     for clip in clips:
@@ -244,6 +258,8 @@ def _manifest(
             num_inference_steps=_steps_for(config.denoiser.prediction, sampling.num_inference_steps),
             guidance_scale=sampling.guidance_scale,
             samplers=sampling.samplers_for(config.denoiser.prediction),
+            clean_prefixes=clean_prefixes,
+            max_frames=max(sampling.max_frames, data.num_frames) if clean_prefixes else None,
         ),
         training_data=training_data_entries(clips),
         training=training,

@@ -21,7 +21,7 @@ def guided(
     """Prediction that leans ``guidance_scale`` times as far from the unconditional one as the condition does.
 
     Args:
-        predict: ``(x, t, condition) -> prediction``: velocity or noise.
+        predict: ``(x, t, condition) -> prediction``: velocity or noise. ``t`` is one time, or one of each frame (b f).
         guidance_scale: The float 1 is no guidance, and then the unconditional prediction is not computed at all. A
             0-d tensor is always guidance.
 
@@ -34,7 +34,8 @@ def guided(
     def prediction(x: Tensor, t: Any) -> Tensor:
         # put together at each step: a recorded one reads the condition that its buffer holds by then
         both_conditions = torch.cat([condition, null_condition.expand_as(condition)])
-        conditional, unconditional = predict(torch.cat([x, x]), t, both_conditions).chunk(2)
+        times = torch.cat([t, t]) if isinstance(t, Tensor) and t.dim() else t
+        conditional, unconditional = predict(torch.cat([x, x]), times, both_conditions).chunk(2)
         leaning: Tensor = unconditional + guidance_scale * (conditional - unconditional)
         return leaning
 

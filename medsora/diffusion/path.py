@@ -7,10 +7,14 @@ This is rectified flow (Liu et al., arXiv 2209.03003) with time reversed. Time m
 latent frame to the next: a frame held at t = 0 stays as it is.
 """
 
-from jaxtyping import Float
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-__all__ = ["interpolate", "to_data", "to_noise", "velocity_target"]
+__all__ = ["held", "interpolate", "to_data", "to_noise", "velocity_target"]
 
 
 def _over_latents(t: Tensor) -> Tensor:  # (b f) -> (b 1 f 1 1)
@@ -42,3 +46,21 @@ def to_noise(
 ) -> Float[Tensor, "b c f h w"]:
     """Noise end of the path through ``x`` at time ``t`` with this velocity."""
     return x + (1 - _over_latents(t)) * velocity
+
+
+def held(
+    predict: Callable[[Tensor, Any], Tensor], is_known: Bool[Tensor, "b f"]
+) -> Callable[[Tensor, Any], Float[Tensor, "b c f h w"]]:
+    """``(x, t) -> velocity`` for clips with frames that are known: those are seen at t = 0, and do not move.
+
+    Args:
+        predict: The same, of ``t`` for each frame (b f).
+        is_known: In ``x`` these frames must hold the data, from the start; samplers leave them as they are.
+    """
+
+    def velocity(x: Tensor, t: Any) -> Tensor:
+        times = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(is_known.shape)
+        predicted = predict(x, times.masked_fill(is_known, 0.0))
+        return predicted.masked_fill(_over_latents(is_known), 0.0)
+
+    return velocity

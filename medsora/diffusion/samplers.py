@@ -87,11 +87,21 @@ class Sampler:
     """What the network must predict, as :class:`medsora.config.DenoiserConfig` says it."""
     steps: Callable[[int], Sequence[Step]]
     """The plan for a number of steps."""
+    steps_from: Callable[[int, float], Sequence[Step]] | None = None
+    """The plan for a number of steps that begins at another time than 1; None where there is none."""
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "euler": Sampler("velocity", lambda num_steps: euler_steps(timesteps(num_steps))),
-    "heun": Sampler("velocity", lambda num_steps: heun_steps(timesteps(num_steps))),
+    "euler": Sampler(
+        "velocity",
+        lambda num_steps: euler_steps(timesteps(num_steps)),
+        lambda num_steps, start: euler_steps(start * timesteps(num_steps)),
+    ),
+    "heun": Sampler(
+        "velocity",
+        lambda num_steps: heun_steps(timesteps(num_steps)),
+        lambda num_steps, start: heun_steps(start * timesteps(num_steps)),
+    ),
     "ddim": Sampler("noise", ddim_steps),
     "ddpm": Sampler("noise", ddpm_steps),
 }

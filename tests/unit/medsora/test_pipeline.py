@@ -399,9 +399,12 @@ def compiled(
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
 
     def make(
-        prediction: str = "velocity", batch_sizes: tuple[int, ...] = (2, 4), **options: str
+        prediction: str = "velocity",
+        batch_sizes: tuple[int, ...] = (2, 4),
+        source: Path | None = None,
+        **options: str,
     ) -> tuple[VideoPipeline, VideoPipeline]:
-        source = noise_checkpoint if prediction == "noise" else checkpoint
+        source = noise_checkpoint if prediction == "noise" else source or checkpoint
         by_graphs, plain = (VideoPipeline.from_checkpoint(source, batch_sizes=batch_sizes, **options) for _ in range(2))
         by_graphs._compile()
         assert (by_graphs.is_compiled, plain.is_compiled) == (True, False)
@@ -555,3 +558,204 @@ def test_a_graph_is_recorded_on_the_gpu_that_is_the_current_one(monkeypatch: pyt
     assert [stream.device for stream in recorded] == [0, 1, 1, 0]
     # one for all graphs of a GPU, since a pool's memory is used again on the same stream alone
     assert (recorded[1], recorded[0]) == (recorded[2], recorded[3])
+
+
+@pytest.fixture(scope="module")
+def prefix_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint, saying that it was trained with clean prefixes."""
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("prefix") / "tiny", max_frames=64)
+
+
+@pytest.fixture(scope="module")
+def going_on(prefix_checkpoint: Path) -> VideoPipeline:
+    return VideoPipeline.from_checkpoint(prefix_checkpoint)
+
+
+def pictures(seed: int, frames: int) -> Any:
+    """Smooth random frames."""
+    coarse = np.random.RandomState(seed).randint(0, 256, (frames, 4, 4, 3)).astype(np.uint8)
+    return coarse.repeat(8, axis=1).repeat(8, axis=2)
+
+
+def coded(pipeline: VideoPipeline, frames: Any) -> Any:
+    """What the autoencoder makes of whole chunks."""
+    video = torch.from_numpy(frames)[None].permute(0, 4, 1, 2, 3) / 127.5 - 1
+    with torch.no_grad():
+        decoded = pipeline.autoencoder.decode(pipeline.autoencoder.encode(video.to(pipeline.dtype)))
+    return ((decoded[0].clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 3, 0).numpy()
+
+
+def differ(one: Any, other: Any) -> int:
+    return int(np.abs(one.astype(int) - other.astype(int)).max())
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_known_frames_are_seen_at_time_0_and_stay(
+    prefix_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, sampler: str, guidance_scale: float
+) -> None:
+    """A network that knows the data of what is new gives back: the given, then the data."""
+    pipeline = VideoPipeline.from_checkpoint(prefix_checkpoint, dtype="float64")
+    requests = [ask(pipeline, seed, sampler=sampler, guidance_scale=guidance_scale, prefix_frames=8) for seed in (1, 2)]
+    sources = [pictures(seed, 8) for seed in (1, 2)]
+    given = pipeline._encode(np.stack(sources), fill=0)
+    data = torch.randn(2, 4, 4, 4, 4, dtype=torch.float64)
+    noise = torch.stack([initial_noise(seed, (4, 4, 4, 4)) for seed in (1, 2)]).double()
+    times_seen = []
+
+    def oracle(x: Tensor, times: Tensor, condition: Tensor) -> Tensor:
+        times_seen.append(times)
+        repeats = len(x) // 2
+        assert torch.equal(x[:, :, :2], given.repeat(repeats, 1, 1, 1, 1))
+        return velocity_target(data, noise).repeat(repeats, 1, 1, 1, 1)
+
+    decoded = []
+    decode = pipeline.autoencoder.decode
+    monkeypatch.setattr(pipeline.denoiser, "forward", oracle)
+    monkeypatch.setattr(pipeline.autoencoder, "decode", lambda z, state: decoded.append(z) or decode(z, state))
+    pipeline(requests, sources=sources)
+    assert torch.equal(decoded[0], given)
+    assert torch.allclose(torch.cat(decoded[1:], dim=2), data[:, :, 2:], atol=1e-6)
+    for times in times_seen:
+        assert (times[:, :2] == 0).all()
+        assert (times[:, 2:] == times[0, 2]).all()
+        assert times[0, 2] > 0
+
+
+def test_a_long_clip_begins_as_the_short_one_and_every_window_sees_what_came_before(
+    going_on: VideoPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    network = going_on.denoiser.forward
+    spy = lambda x, t, c: seen.append((x.clone(), t.clone())) or network(x, t, c)  # noqa: E731
+    monkeypatch.setattr(going_on.denoiser, "forward", spy)
+    request = ask(going_on, 5, num_frames=32, num_inference_steps=2)
+    pieces = [piece for (piece,) in going_on.stream([request])]
+    assert [len(piece) for piece in pieces] == [16, 8, 8]
+    monkeypatch.undo()
+    (whole,), (short,) = going_on([request]), going_on([replace(request, num_frames=16)])
+    assert np.array_equal(np.concatenate(pieces), whole)
+    assert differ(whole[:16], short) <= 1
+    assert differ(whole[16:24], whole[24:]) > 0
+    known = [x[:, :, :2] for x, _ in seen]
+    assert torch.equal(known[2], known[3])  # both steps of the second window
+    assert not torch.equal(known[3], known[4])
+    assert [t[0].tolist() for _, t in seen[2:4]] == [[0, 0, 1, 1], [0, 0, 0.5, 0.5]]
+
+
+def test_between_windows_there_is_no_seam(going_on: VideoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoded window by window is what decoding all latents at once gives."""
+    latents = []
+    decode = going_on.autoencoder.decode
+    monkeypatch.setattr(going_on.autoencoder, "decode", lambda z, state: latents.append(z) or decode(z, state))
+    (clip,) = going_on([ask(going_on, 5, num_frames=40)])
+    monkeypatch.undo()
+    frames, _ = going_on.decode(torch.cat(latents, dim=2))
+    assert differ(clip, frames[0].numpy()) <= 1
+
+
+def test_windows_have_noise_of_their_own() -> None:
+    shape = (1, 4, 2, 2)
+    keys = [
+        (seed, step, window) for seed in (1, 2) for step, window in ((None, 0), (0, 0), (1, 0), (None, 1), (None, 2))
+    ]
+    noises = {initial_noise(seed, shape, step=step, window=w).numpy().tobytes() for seed, step, w in keys}
+    assert len(noises) == len(keys)
+
+
+def test_a_streamed_clip_is_made_as_it_is_taken(going_on: VideoPipeline) -> None:
+    done: list[tuple[int, int]] = []
+    request = ask(going_on, 5, num_frames=64, num_inference_steps=2)
+    stream = going_on.stream([request], on_step=lambda *step: done.append(step))
+    next(stream)
+    assert done == [(1, 14), (2, 14)]
+    (other,) = going_on([ask(going_on, 1)])  # the pipeline is free meanwhile
+    rest = [piece for (piece,) in stream]
+    assert done[-1] == (14, 14)
+    assert sum(map(len, rest)) == 48
+    assert differ(other, going_on([ask(going_on, 1)])[0]) == 0
+
+
+@pytest.mark.parametrize("prefix_frames", [1, 5, 8, 12])
+def test_a_clip_begins_with_the_given_frames_as_they_are_coded(going_on: VideoPipeline, prefix_frames: int) -> None:
+    source = pictures(3, prefix_frames)
+    (clip,) = going_on([ask(going_on, 5, prefix_frames=prefix_frames)], sources=[source])
+    assert clip.shape == (16, 32, 32, 3)
+    fill = -prefix_frames % 8
+    filled = np.concatenate([source[:1].repeat(fill, axis=0), source])
+    assert differ(clip[:prefix_frames], coded(going_on, filled)[fill:]) <= 1
+
+
+def test_what_comes_after_depends_on_what_is_given(going_on: VideoPipeline) -> None:
+    request = ask(going_on, 5, prefix_frames=1)
+    one, again, other = (going_on([request], sources=[pictures(seed, 1)])[0] for seed in (1, 1, 2))
+    assert np.array_equal(one, again)
+    assert differ(one[1:], other[1:]) > 8
+
+
+def test_each_clip_of_a_batch_goes_on_from_its_own_frames(prefix_checkpoint: Path) -> None:
+    exact = VideoPipeline.from_checkpoint(prefix_checkpoint, backend="reference")
+    requests = [ask(exact, seed, prefix_frames=8) for seed in (1, 2, 1)]
+    sources = [pictures(seed, 8) for seed in (1, 2, 3)]
+    together = exact(requests, sources=sources)
+    for request, source, clip in zip(requests, sources, together, strict=True):
+        assert np.array_equal(exact([request], sources=[source])[0], clip)
+
+
+def test_the_weaker_an_edit_the_more_of_the_clip_stays(going_on: VideoPipeline) -> None:
+    source = pictures(7, 16)
+    base = coded(going_on, source)
+    apart = []
+    for strength in (0.02, 0.3, 0.9):
+        request = ask(going_on, 5, strength=strength, num_inference_steps=8)
+        (clip,) = going_on([request], sources=[source])
+        apart.append(np.abs(clip - base).mean())
+    assert apart[0] < apart[1] < apart[2]
+    assert apart[0] < 4
+    assert differ(clip, going_on([ask(going_on, 5, num_inference_steps=8)])[0]) > 8  # and not from noise alone
+
+
+def test_a_long_edit_goes_through_the_windows_of_its_source(going_on: VideoPipeline) -> None:
+    source = pictures(7, 32)
+    (clip,) = going_on([ask(going_on, 5, num_frames=32, strength=0.02)], sources=[source])
+    assert np.abs(clip - coded(going_on, source)).mean() < 4
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_graphs_go_on_from_given_frames_as_steps_one_by_one_do(
+    compiled: Compiled, prefix_checkpoint: Path, sampler: str, guidance_scale: float
+) -> None:
+    by_graphs, plain = compiled(source=prefix_checkpoint)
+    values = {"sampler": sampler, "guidance_scale": guidance_scale, "num_inference_steps": 3}
+    # without a prefix, with one, and with a longer one: one recording for all prefixes, another without
+    for prefix_frames in (0, 8, 12, 0, 1):
+        requests = [ask(plain, seed, **values, prefix_frames=prefix_frames) for seed in range(3)]
+        sources = [pictures(seed, prefix_frames) for seed in range(3)] if prefix_frames else None
+        clips, expected = (one(requests, sources=sources) for one in (by_graphs, plain))
+        assert len(clips) == 3
+        assert all(differ(clip, other) <= 1 for clip, other in zip(clips, expected, strict=True))
+    assert by_graphs._sample_by_graphs is not None
+    recorded = {key[-2] for key in by_graphs._sample_by_graphs._graphs}
+    assert recorded == {True, False}
+
+
+def test_sources_that_are_not_the_requests_are_refused(going_on: VideoPipeline, noise_checkpoint: Path) -> None:
+    request = ask(going_on, 1, prefix_frames=8)
+    for sources in (None, [], [pictures(1, 7)], [pictures(1, 8).astype(np.float32)], [pictures(1, 8)] * 2):
+        with pytest.raises(ValueError, match="needs a source"):
+            going_on([request], sources=sources)
+    with pytest.raises(ValueError, match="no request has any"):
+        going_on([ask(going_on, 1)], sources=[pictures(1, 16)])
+    with pytest.raises(ValueError, match="alike"):
+        going_on([request, ask(going_on, 1)], sources=[pictures(1, 8)] * 2)
+    with pytest.raises(ValueError, match="one window"):
+        going_on.sample_latents([request])
+    by_noise = VideoPipeline.from_checkpoint(noise_checkpoint)
+    with pytest.raises(ValueError, match="ddim samples single windows"):
+        by_noise([replace(ask(by_noise, 1, sampler="ddim"), strength=0.5)], sources=[pictures(1, 16)])
+
+
+def test_clean_prefixes_are_for_a_predicted_velocity(prefix_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="clean_prefixes is for a predicted velocity"):
+        write_variant(tmp_path / "noise", prefix_checkpoint, prediction="noise", is_conditional=True)

@@ -79,6 +79,7 @@ def test_the_manifest_tells_labels_data_and_training(made: Path) -> None:
     }  # fmt: skip
     assert manifest.limits.fps == 8.0
     assert manifest.limits.sizes == ((32, 32),)
+    assert (manifest.limits.clean_prefixes, manifest.limits.max_frames) == (True, 512)
     assert manifest.training["denoiser"]["step"] == 6
     assert manifest.training["autoencoder"]["recipe"] == "autoencoder_tiny"
     assert manifest.metrics == {"reconstruction": {"psnr_db": 30.5}}
@@ -88,11 +89,13 @@ def test_a_second_denoiser_may_start_from_the_checkpoint(made: Path, table: Path
     medsora_train(
         "denoiser", "denoiser_tiny", "--data", table, "--autoencoder", made / "checkpoint", "--out", tmp_path / "dn",
         "--init", made / "checkpoint", "--set", "loop.steps=1", "--device", "cpu",
+        "--set", "denoiser_loss.clean_prefixes=0",
     )  # fmt: skip
     manifest = export_checkpoint(
         tmp_path / "c", autoencoder_run=made / "checkpoint", denoiser_run=tmp_path / "dn", name="again"
     )
     assert manifest.training["autoencoder"] == read_manifest(made / "checkpoint").training["autoencoder"]
+    assert (manifest.limits.clean_prefixes, manifest.limits.max_frames) == (False, None)
     assert (tmp_path / "c/autoencoder.safetensors").read_bytes() == (
         made / "checkpoint/autoencoder.safetensors"
     ).read_bytes()
