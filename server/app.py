@@ -1,17 +1,19 @@
 """The HTTP application: puts the parts together and nothing else."""
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
 import medsora
 from server.api import batches as batches_api
 from server.api import files as files_api
 from server.api import health, models, videos
+from server.api.access import AccessControl, get_caller
 from server.api.dependencies import Services
 from server.api.handlers import add_exception_handlers
-from server.api.openapi import install_openapi, operation_id
+from server.api.openapi import error_responses, install_openapi, operation_id
 from server.api.uploads import UPLOAD_OVERHEAD_BYTES
 from server.batches.repository import BatchRepository
 from server.batches.service import BatchService
@@ -24,11 +26,14 @@ from server.jobs.queue import BackgroundPublisher, JobQueue
 from server.jobs.repository import JobRepository
 from server.jobs.service import JobService
 from server.jobs.workers import WorkerRegistry
+from server.keys.repository import KeyRepository
 from server.observability import HttpMetrics, RequestMiddleware
 from server.settings import Settings
 from server.storage import ArtifactStore
 
 __all__ = ["create_app"]
+
+logger = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -46,6 +51,7 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         database = Database(settings.database_address)
         migrate(database)
+        keys = KeyRepository(database)
         repository = JobRepository(database, lease_s=settings.lease_s, max_attempts=settings.max_attempts)
         store = ArtifactStore(settings.artifacts_dir)
         files = FileRepository(database)
@@ -70,10 +76,14 @@ def create_app(settings: Settings) -> FastAPI:
                 BatchRepository(database, lease_s=settings.lease_s), files, max_active=settings.max_active_batches
             ),
             repository=repository,
+            keys=keys,
+            access=AccessControl(keys, settings),
             workers=WorkerRegistry(database, heartbeat_s=settings.worker_heartbeat_s),
             probe_queue=probe_queue,
             http_metrics=http_metrics,
         )
+        if app.state.services.access.needs_key() and not keys.any_exists():
+            logger.warning("callers need a key, and there is none yet: make one with `medsora-server keys create`")
         try:
             yield
         finally:
@@ -96,8 +106,9 @@ def create_app(settings: Settings) -> FastAPI:
         metrics=http_metrics,
         body_limits={"/v1/files": settings.max_file_bytes + UPLOAD_OVERHEAD_BYTES},
     )
-    for router in (videos.router, files_api.router, batches_api.router, models.router, health.router):
-        app.include_router(router)
+    for router in (videos.router, files_api.router, batches_api.router, models.router):
+        app.include_router(router, dependencies=[Depends(get_caller)], responses=error_responses(401, 403, 429))
+    app.include_router(health.router)
     labels = [label.name for label in catalogue.default.manifest.labels]
     install_openapi(app, labels=labels, models=list(catalogue.names))
     return app

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from server.keys.cli import app as keys_app
+
 if TYPE_CHECKING:
     from server.settings import Settings
 
@@ -21,6 +23,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(keys_app, name="keys")
 
 HostOption = Annotated[str | None, typer.Option(help="Address to listen on (MEDSORA_HOST, 127.0.0.1).")]
 PortOption = Annotated[int | None, typer.Option(help="TCP port; 0 takes a free one (MEDSORA_PORT, 8000).")]
@@ -63,6 +67,9 @@ def api(
     from server.observability import configure_logging
 
     configure_logging(settings.log_level)
+    if fd is None and settings.keys == "auto":
+        # Where it is not `serve` that runs this, a proxy may stand before it: then all the world is on loopback.
+        settings = settings.model_copy(update={"keys": "required"})
     try:
         application = create_app(settings)
     except (CheckpointError, ValueError) as error:

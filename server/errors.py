@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 __all__ = [
+    "ForbiddenError",
     "NotFoundError",
     "NotReadyError",
     "OverloadedError",
@@ -11,6 +12,7 @@ __all__ = [
     "RequestRefusedError",
     "ServiceError",
     "TooLargeError",
+    "UnauthorizedError",
     "UnavailableError",
     "error_body",
     "without_folders",
@@ -73,6 +75,23 @@ class NotFoundError(ServiceError):
     """No such object."""
 
     status_code = 404
+    kind = "invalid_request_error"
+
+
+class UnauthorizedError(ServiceError):
+    """It is not known who asks."""
+
+    status_code = 401
+    kind = "invalid_request_error"
+
+    def __init__(self, message: str, *, code: str) -> None:
+        super().__init__(message, code=code, headers={"www-authenticate": 'Bearer realm="MedSora Server"'})
+
+
+class ForbiddenError(ServiceError):
+    """Who asks may not do that at all; of an object that is another's there is only :class:`NotFoundError`."""
+
+    status_code = 403
     kind = "invalid_request_error"
 
 

@@ -47,6 +47,11 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", min_length=1, description="Address that the API listens on.")
     port: int = Field(8000, ge=0, le=65535, description="TCP port of the API; 0 takes a free one.")
+    keys: Literal["auto", "required", "off"] = Field(
+        "auto",
+        description="Whether callers need a key. auto: yes, unless `serve` listens on loopback alone and no key was "
+        "ever made; off: nobody does, for a server behind a gateway that lets in nobody else.",
+    )
     checkpoints: Annotated[tuple[str, ...], NoDecode] = Field(
         ("lung-ultrasound-small",),
         min_length=1,

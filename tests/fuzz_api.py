@@ -20,8 +20,8 @@ LONG_RUN = ("--max-examples", "500", "--continue-on-failure")
 START_LIMIT_S = 90.0
 
 
-def start(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
-    """Start a server that is ready to generate; returns it and its URL."""
+def start(folder: Path) -> tuple[subprocess.Popen[bytes], str, str]:
+    """Start a server that is ready to generate; returns it, its URL, and a key that it asks for."""
     from medsora.checkpoint import write_tiny_checkpoint
 
     checkpoint = write_tiny_checkpoint(folder / "tiny")
@@ -35,6 +35,8 @@ def start(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
         "MEDSORA_LOG_LEVEL": "warning",
         "OMP_NUM_THREADS": "1",
     }
+    make_key = [sys.executable, "-m", "server.cli", "keys", "create", "--name", "fuzz"]
+    made = subprocess.run(make_key, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     log = folder / "server.log"
     with log.open("wb") as output:
         server = subprocess.Popen(
@@ -49,7 +51,7 @@ def start(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
         text = log.read_text(errors="replace")
         match = re.search(r"is ready: POST (http://\S+)/v1/videos", text)
         if match is not None:
-            return server, match[1]
+            return server, match[1], made.stdout.strip()
         if server.poll() is not None or time.monotonic() > deadline:
             stop(server)
             raise SystemExit(f"the server did not start:\n{text[-4000:]}")
@@ -72,9 +74,10 @@ def main(options: list[str]) -> int:
     program = Path(sys.executable).with_name("schemathesis")
     with tempfile.TemporaryDirectory(prefix="medsora-fuzz-") as name:
         folder = Path(name)
-        server, url = start(folder)
+        server, url, key = start(folder)
         try:
             command = [str(program), "--config-file", str(ROOT / "schemathesis.toml"), "run", f"{url}/openapi.json"]
+            command += ["--header", f"Authorization: Bearer {key}"]
             code = subprocess.run([*command, *(options or LONG_RUN)], cwd=folder, check=False).returncode
             with urllib.request.urlopen(f"{url}/health/live", timeout=10.0) as answer:
                 is_alive = answer.status == 200

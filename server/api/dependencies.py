@@ -5,33 +5,21 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from server.api.access import AccessControl, Caller, CallerDep, TenantDep, get_caller
 from server.batches.service import BatchService
 from server.checkpoints import Catalogue
 from server.files.service import FileService
 from server.jobs.database import Database
-from server.jobs.model import DEFAULT_TENANT
 from server.jobs.queue import JobQueue
 from server.jobs.repository import JobRepository
 from server.jobs.service import JobService
 from server.jobs.workers import WorkerRegistry
-from server.keys.model import ALL_SCOPES, Scope
+from server.keys.repository import KeyRepository
 from server.observability import HttpMetrics
 from server.settings import Settings
 from server.storage import ArtifactStore
 
-__all__ = ["Caller", "CallerDep", "JobServiceDep", "Services", "ServicesDep", "TenantDep"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Caller:
-    """Who asks."""
-
-    tenant: str
-    """Whose objects they see, and whose those are that they make."""
-    key_id: str | None
-    """Their key; None: none was needed."""
-    scopes: frozenset[Scope]
-    """What they may do."""
+__all__ = ["Caller", "CallerDep", "JobServiceDep", "Services", "ServicesDep", "TenantDep", "get_caller"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +34,8 @@ class Services:
     files: FileService
     batches: BatchService
     repository: JobRepository
+    keys: KeyRepository
+    access: AccessControl
     workers: WorkerRegistry
     probe_queue: JobQueue
     """Connection of the readiness check alone."""
@@ -63,19 +53,5 @@ def get_job_service(request: Request) -> JobService:
     return get_services(request).jobs
 
 
-def get_caller() -> Caller:
-    """Who asks: without keys, the one tenant, who may do everything."""
-    return Caller(tenant=DEFAULT_TENANT, key_id=None, scopes=ALL_SCOPES)
-
-
-CallerDep = Annotated[Caller, Depends(get_caller)]
-
-
-def get_tenant(caller: CallerDep) -> str:
-    """Whose objects the caller sees."""
-    return caller.tenant
-
-
 ServicesDep = Annotated[Services, Depends(get_services)]
 JobServiceDep = Annotated[JobService, Depends(get_job_service)]
-TenantDep = Annotated[str, Depends(get_tenant)]

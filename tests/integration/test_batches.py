@@ -271,6 +271,7 @@ def test_fifty_thousand_lines_take_no_more_memory_than_a_thousand(tmp_path: Path
         "MEDSORA_BATCH_QUEUED_JOBS": "5000",
         "MEDSORA_BATCH_INTERVAL_S": "0.1",
         "MEDSORA_LOG_LEVEL": "error",
+        "MEDSORA_KEYS": "off",
     }
     port = _free_port()
     command = [sys.executable, "-m", "server.cli"]

@@ -1,0 +1,153 @@
+"""Who asks, and what they may do. Every route under /v1 passes through :func:`get_caller`.
+
+What a route needs is read off its path, in one table: a route that the table does not know is open to no key.
+"""
+
+import ipaddress
+from dataclasses import dataclass
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from fastapi import Depends, Request, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from server.errors import ForbiddenError, UnauthorizedError
+from server.jobs.model import DEFAULT_TENANT
+from server.keys.model import ALL_SCOPES, Scope
+from server.keys.repository import KeyRepository, KeyState
+from server.settings import Settings
+
+__all__ = ["NEEDS", "AccessControl", "Caller", "CallerDep", "TenantDep", "get_caller", "is_loopback"]
+
+NEEDS: dict[str, tuple[Scope | None, Scope | None]] = {
+    "videos": (Scope.VIDEOS_READ, Scope.VIDEOS_WRITE),
+    "events": (Scope.VIDEOS_READ, Scope.VIDEOS_READ),
+    "files": (Scope.BATCHES, Scope.BATCHES),
+    "batches": (Scope.BATCHES, Scope.BATCHES),
+    "datasets": (Scope.DATASETS, Scope.DATASETS),
+    "webhooks": (Scope.WEBHOOKS, Scope.WEBHOOKS),
+    "models": (None, None),
+}
+"""First part of a path under /v1 -> what reading needs, and what everything else needs; None: any key will do."""
+
+_READING = frozenset({"GET", "HEAD"})
+_HOW = "Send a key as `Authorization: Bearer medsora_...`; `medsora-server keys create` makes one."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caller:
+    """Who asks."""
+
+    tenant: str
+    """Whose objects they see, and whose those are that they make."""
+    key_id: str | None
+    """Their key; None: none was needed."""
+    scopes: frozenset[Scope]
+    """What they may do."""
+
+
+NOBODY_ELSE = Caller(tenant=DEFAULT_TENANT, key_id=None, scopes=ALL_SCOPES)
+"""Who asks where no key is needed: the one tenant, who may do everything."""
+
+
+class AccessControl:
+    """Tells callers by their keys.
+
+    Args:
+        settings: Whether keys are needed, and where the API listens.
+    """
+
+    def __init__(self, keys: KeyRepository, settings: Settings) -> None:
+        self._keys = keys
+        self._policy = settings.keys
+        self._is_local = is_loopback(settings.host)
+
+    def needs_key(self) -> bool:
+        """Whether callers must have a key now."""
+        if self._policy == "auto":
+            return not self._is_local or self._keys.any_exists()
+        return self._policy == "required"
+
+    def identify(self, authorization: str | None, *, origin: str | None = None) -> Caller:
+        """Who asks, by the value of the header ``Authorization``.
+
+        Args:
+            origin: Value of the header ``Origin``: without a key, pages of other sites that are open in a browser of
+                this machine may not ask for anything.
+
+        Raises:
+            UnauthorizedError: A key is needed, and there is none, or it is not good (any more).
+        """
+        if not self.needs_key():
+            if origin is not None and not is_loopback(urlsplit(origin).hostname or ""):
+                message = f"Pages of {origin[:80]!r} need a key here. {_HOW}"
+                raise UnauthorizedError(message, code="missing_api_key")
+            return NOBODY_ELSE  # OpenAI's client always sends some key
+        scheme, _, text = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not text.strip():
+            raise UnauthorizedError(f"A key is needed here. {_HOW}", code="missing_api_key")
+        key = self._keys.find(text.strip())
+        if key is None:
+            raise UnauthorizedError(f"The key is not known here. {_HOW}", code="invalid_api_key")
+        if key.state is not KeyState.ACTIVE:  # only who has the whole key hears of it
+            raise UnauthorizedError(f"The key {key.id} is {key.state.value}. {_HOW}", code="invalid_api_key")
+        return Caller(tenant=key.tenant, key_id=key.id, scopes=key.scopes)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address to listen on is reached from this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_scope(caller: Caller, method: str, path: str) -> None:
+    """Refuse what the caller's key is not good for.
+
+    Raises:
+        ForbiddenError: Names the scope that is missing.
+    """
+    if caller.scopes == ALL_SCOPES:
+        return
+    resource = path.removeprefix("/v1/").partition("/")[0]
+    needs = NEEDS.get(resource)
+    if needs is None:
+        message = f"The key {caller.key_id} is not good for {path[:80]}: that needs a key with all scopes."
+        raise ForbiddenError(message, code="insufficient_scope")
+    needed = needs[method not in _READING]
+    if needed is not None and needed not in caller.scopes:
+        has = ", ".join(sorted(caller.scopes)) or "none"
+        message = (
+            f"The key {caller.key_id} lacks the scope {needed.value}, which {method} {path[:80]} needs; it has: {has}"
+        )
+        raise ForbiddenError(message, code="insufficient_scope")
+
+
+_bearer = HTTPBearer(auto_error=False, description="A key of `medsora-server keys create`; not needed on loopback.")
+
+
+def get_caller(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]) -> Caller:
+    """Who asks, if they may do what they ask for.
+
+    Raises:
+        UnauthorizedError: A key is needed, and there is none that is good.
+        ForbiddenError: The key is not good for this.
+    """
+    access: AccessControl = request.app.state.services.access
+    caller = access.identify(request.headers.get("authorization"), origin=request.headers.get("origin"))
+    check_scope(caller, request.method, request.scope["path"])
+    return caller
+
+
+CallerDep = Annotated[Caller, Depends(get_caller)]
+
+
+def get_tenant(caller: CallerDep) -> str:
+    """Whose objects the caller sees."""
+    return caller.tenant
+
+
+TenantDep = Annotated[str, Depends(get_tenant)]
