@@ -95,7 +95,9 @@ class BatchService:
         Raises:
             RequestRefusedError: ``after`` is no batch of the tenant.
         """
-        page = self._repository.page(tenant, limit=limit, after=after)
+        page = None
+        if after is None or is_batch_id(after):
+            page = self._repository.page(tenant, limit=limit, after=after)
         if page is None:
             message = f"after: there is no batch with the id {(after or '')[:80]!r}."
             raise RequestRefusedError(message, param="after", code="invalid_cursor")

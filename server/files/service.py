@@ -105,7 +105,9 @@ class FileService:
         if purpose is not None and purpose not in PURPOSES:
             message = f"purpose: there is no {purpose[:80]!r}; allowed: {', '.join(PURPOSES)}"
             raise RequestRefusedError(message, param="purpose", code="invalid_purpose")
-        page = self._repository.page(tenant, purpose=purpose, limit=limit, after=after, newest_first=newest_first)
+        page = None
+        if after is None or is_file_id(after):
+            page = self._repository.page(tenant, purpose=purpose, limit=limit, after=after, newest_first=newest_first)
         if page is None:
             message = f"after: there is no file with the id {(after or '')[:80]!r}."
             raise RequestRefusedError(message, param="after", code="invalid_cursor")

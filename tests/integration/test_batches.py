@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,6 +150,64 @@ def test_cancelled_while_it_runs(server: "RunningServer") -> None:
     codes = Counter(line["error"]["code"] for line in read_lines(client, batch.error_file_id))
     assert codes == {"batch_cancelled": 6}
     assert server.wait_for(server.submit(), "succeeded").attempt == 1, "the worker is free again"
+
+
+def test_cancelled_by_many_at_once_through_two_processes(server: "RunningServer", tmp_path: Path) -> None:
+    """Whatever wins, each line is in one of the files, and what is in the output has its video."""
+    environment = {
+        **os.environ,
+        **server.variables,
+        "MEDSORA_DATA_DIR": str(server.data_dir),
+        "MEDSORA_REDIS_URL": f"redis+socket://{server.data_dir / 'run' / 'redis.sock'}",
+    }
+    port = _free_port()
+    with (tmp_path / "second.log").open("w") as log:
+        command = [sys.executable, "-m", "server.cli", "api", "--port", str(port)]
+        second = subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[2], stdout=log, stderr=log)
+        other = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=10)
+        try:
+            file = other.files.create(file=make_lines(12), purpose="batch")
+            assert server.client.files.content(file.id).read() == make_lines(12), "the other process sees the file"
+            ids = []
+            for _ in range(8):
+                batch = server.client.batches.create(
+                    input_file_id=file.id, endpoint="/v1/videos", completion_window="24h"
+                )
+                ids.append(batch.id)
+            moments = random.Random(3)
+
+            def cancel(batch_id: str, delay_s: float) -> None:
+                time.sleep(delay_s)
+                for client in (server.client, other):
+                    with suppress(openai.ConflictError):
+                        assert client.batches.cancel(batch_id).status in ("cancelling", "cancelled")
+
+            jobs = [(batch_id, moments.uniform(0.0, 3.0)) for batch_id in ids for _ in range(6)]
+            threads = [threading.Thread(target=cancel, args=job) for job in jobs]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            statuses = Counter(wait_for_end(server, batch_id).status for batch_id in ids)
+            assert statuses["cancelled"] > 0, statuses
+            for batch_id in ids:
+                batch = server.client.batches.retrieve(batch_id)
+                assert batch == other.batches.retrieve(batch_id)
+                assert batch.status in ("completed", "cancelled")
+                output, errors = (read_lines(other, one) for one in (batch.output_file_id, batch.error_file_id))
+                counts = batch.request_counts
+                assert (counts.completed, counts.failed) == (len(output), len(errors))
+                names = sorted(line["custom_id"] for line in output + errors)
+                assert names in ([], sorted(f"line-{number}" for number in range(12)))
+                for line in output:
+                    assert server.job(line["response"]["body"]["id"]).status.value == "succeeded"
+                assert {line["error"]["code"] for line in errors} <= {"batch_cancelled"}
+            waiting = [job for job in _all_jobs(server) if job.status.value in ("queued", "running")]
+            assert waiting == []
+        finally:
+            other.close()
+            second.kill()
+            second.wait()
 
 
 def test_expired_while_it_runs(server: "RunningServer") -> None:
