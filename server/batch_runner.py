@@ -50,6 +50,8 @@ _CHECK_LINES, _CHECK_BYTES = 2000, 16 * 2**20
 _SUBMIT_LINES = 500
 _RESULT_LINES = 500
 _SETTLE_LINES = 1000
+_LEAST_QUEUED = 8
+"""Jobs that may wait whatever the pace: else a start from rest would never come about."""
 _REMOVE_FILES = 100
 _ORPHAN_S = 3600.0
 """Nobody is still writing a file that has not grown for so long."""
@@ -240,7 +242,8 @@ class BatchRunner:
     def _room(self, share: int) -> int:
         """Number of jobs that this batch may make now, so that other requests still find a place in the queue."""
         settings = self._settings
-        of_batches = settings.batch_queued_jobs - self._batches.waiting_jobs()
+        pace = self._repository.count_done(within_s=settings.batch_queued_s, limit=settings.batch_queued_jobs)
+        of_batches = min(settings.batch_queued_jobs, max(_LEAST_QUEUED, pace)) - self._batches.waiting_jobs()
         of_all = settings.max_queued_jobs // 2 - self._repository.count_waiting()
         room = min(of_batches, of_all)
         return -(-room // share) if room > 0 else 0

@@ -152,6 +152,13 @@ class Settings(BaseSettings):
         description="Jobs of batches that may wait for a worker at once, all batches together, and never more than "
         "half of max_queued_jobs; further lines are submitted as these are done.",
     )
+    batch_queued_s: float = Field(
+        5.0,
+        gt=0.0,
+        le=3600.0,
+        description="Jobs of batches that wait are no more than were done in the last so many seconds, and at least 8: "
+        "a request that somebody waits for is not long behind them.",
+    )
     batch_interval_s: float = Field(
         1.0, gt=0.0, le=60.0, description="Seconds between two looks at batches that have nothing to do at the moment."
     )

@@ -376,6 +376,14 @@ class JobRepository:
         with self._database.read() as connection:
             return connection.scalar(select(func.count()).where(Job.status == JobStatus.QUEUED)) or 0
 
+    def count_done(self, *, within_s: float, limit: int) -> int:
+        """Number of videos made in the last ``within_s`` seconds, counted up to ``limit``."""
+        newest = select(Job.completed_at).where(Job.status == JobStatus.SUCCEEDED).order_by(Job.seq.desc()).limit(limit)
+        done = newest.subquery()
+        query = select(func.count()).select_from(done).where(done.c.completed_at > database_now() - within_s)
+        with self._database.read() as connection:
+            return connection.scalar(query) or 0
+
     def removable(self, *, limit: int) -> list[JobRecord]:
         """Deleted jobs that no worker holds any more."""
         query = select(_TABLE).where(_HIDDEN, Job.status.in_(_TERMINAL_NAMES)).limit(limit)

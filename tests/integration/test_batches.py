@@ -241,7 +241,7 @@ def test_killed_again_and_again_nothing_is_lost_or_done_twice(server: "RunningSe
     }
     command = [sys.executable, "-m", "server.cli", "reaper"]
     moments = random.Random(5)
-    count, kills = 60, 0
+    count, kills = 50, 0
     before = {job.id for job in _all_jobs(server)}
     with (tmp_path / "reapers.log").open("w") as log:
 
@@ -254,7 +254,11 @@ def test_killed_again_and_again_nothing_is_lost_or_done_twice(server: "RunningSe
             deadline = time.monotonic() + 200
             while any(server.client.batches.retrieve(batch_id).status not in ENDED for batch_id in ids):
                 assert time.monotonic() < deadline, [server.client.batches.retrieve(batch_id) for batch_id in ids]
-                time.sleep(moments.uniform(0.3, 1.5))
+                # Not before something has happened: a loaded machine may take seconds to start a process.
+                seen, give_up = len(_all_jobs(server)), time.monotonic() + 10.0
+                while len(_all_jobs(server)) == seen and time.monotonic() < give_up:
+                    time.sleep(0.05)
+                time.sleep(moments.uniform(0.0, 0.6))
                 number = moments.randrange(3)
                 if number == 2:
                     server.child("reaper").kill()

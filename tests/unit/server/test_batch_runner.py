@@ -333,6 +333,26 @@ def test_other_requests_keep_their_place(bench: Bench) -> None:
     assert bench.count_jobs() == 10
 
 
+def test_what_waits_follows_the_pace(bench: Bench) -> None:
+    batch_id = bench.create([line(str(number)) for number in range(60)])
+    bench.look()
+    assert len(bench.waiting()) == 8
+    for job_id in bench.waiting():
+        bench.make(job_id)
+    bench.look()
+    assert len(bench.waiting()) == 8
+    for job_id in bench.waiting():
+        bench.make(job_id)
+    bench.look()
+    assert len(bench.waiting()) == 16, "as many as were made just now"
+    bench.change(Job, completed_at=database_now() - 60)
+    for job_id in bench.waiting():
+        bench.jobs.request_cancel(job_id)
+    bench.look()
+    assert len(bench.waiting()) == 8, "none was made lately"
+    assert bench.work_off(batch_id)["request_counts"]["total"] == 60
+
+
 def test_batches_share_the_places(bench: Bench) -> None:
     bench.runner = bench.new_runner(batch_queued_jobs=6)
     ids = [bench.create([line(f"{name}{number}") for number in range(20)]) for name in "ab"]
