@@ -13,6 +13,7 @@ from server.api import health, models, videos
 from server.api.access import AccessControl, get_caller
 from server.api.dependencies import Services
 from server.api.handlers import add_exception_handlers
+from server.api.idempotency import IdempotencyMiddleware
 from server.api.openapi import error_responses, install_openapi, operation_id
 from server.api.uploads import UPLOAD_OVERHEAD_BYTES
 from server.batches.repository import BatchRepository
@@ -21,6 +22,7 @@ from server.checkpoints import Catalogue
 from server.files.repository import FileRepository
 from server.files.service import FileService
 from server.files.store import FileStore
+from server.idempotency import IdempotentRequests
 from server.jobs.database import Database, migrate
 from server.jobs.queue import BackgroundPublisher, JobQueue
 from server.jobs.repository import JobRepository
@@ -49,6 +51,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         database = Database(settings.database_address)
         migrate(database)
         keys = KeyRepository(database)
@@ -78,6 +81,7 @@ def create_app(settings: Settings) -> FastAPI:
             repository=repository,
             keys=keys,
             access=AccessControl(keys, settings),
+            idempotent_requests=IdempotentRequests(database),
             workers=WorkerRegistry(database, heartbeat_s=settings.worker_heartbeat_s),
             probe_queue=probe_queue,
             http_metrics=http_metrics,
@@ -100,6 +104,7 @@ def create_app(settings: Settings) -> FastAPI:
         generate_unique_id_function=operation_id,
     )
     add_exception_handlers(app)
+    app.add_middleware(IdempotencyMiddleware, spool_dir=settings.data_dir)
     app.add_middleware(
         RequestMiddleware,
         max_body_bytes=settings.max_body_bytes,

@@ -5,11 +5,13 @@ from typing import Any
 
 __all__ = [
     "ForbiddenError",
+    "InProgressError",
     "NotFoundError",
     "NotReadyError",
     "OverloadedError",
     "RangeError",
     "RequestRefusedError",
+    "ReusedKeyError",
     "ServiceError",
     "TooLargeError",
     "UnauthorizedError",
@@ -104,6 +106,27 @@ class NotReadyError(ServiceError):
     def __init__(self, message: str, *, code: str, param: str | None = None) -> None:
         # OpenAI's client retries 409 by itself unless told not to.
         super().__init__(message, code=code, param=param, headers={"x-should-retry": "false"})
+
+
+class InProgressError(ServiceError):
+    """The same is being done already; asking again a little later helps.
+
+    Args:
+        retry_after_ms: Milliseconds after which to try again.
+    """
+
+    status_code = 409
+    kind = "invalid_request_error"
+
+    def __init__(self, message: str, *, code: str, param: str, retry_after_ms: int) -> None:
+        super().__init__(message, code=code, param=param, headers=_retry_headers(retry_after_ms))
+
+
+class ReusedKeyError(ServiceError):
+    """An Idempotency-Key that was used for another request."""
+
+    status_code = 422
+    kind = "invalid_request_error"
 
 
 class TooLargeError(ServiceError):

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.datastructures import Headers
 
 from server.errors import ForbiddenError, UnauthorizedError
 from server.jobs.model import DEFAULT_TENANT
@@ -67,6 +68,17 @@ class AccessControl:
         if self._policy == "auto":
             return not self._is_local or self._keys.any_exists()
         return self._policy == "required"
+
+    def admit(self, headers: Headers, method: str, path: str) -> Caller:
+        """Who asks, if they may do what they ask for.
+
+        Raises:
+            UnauthorizedError: A key is needed, and there is none that is good.
+            ForbiddenError: The key is not good for this.
+        """
+        caller = self.identify(headers.get("authorization"), origin=headers.get("origin"))
+        check_scope(caller, method, path)
+        return caller
 
     def identify(self, authorization: str | None, *, origin: str | None = None) -> Caller:
         """Who asks, by the value of the header ``Authorization``.
@@ -137,9 +149,7 @@ def get_caller(request: Request, _: Annotated[HTTPAuthorizationCredentials | Non
         ForbiddenError: The key is not good for this.
     """
     access: AccessControl = request.app.state.services.access
-    caller = access.identify(request.headers.get("authorization"), origin=request.headers.get("origin"))
-    check_scope(caller, request.method, request.scope["path"])
-    return caller
+    return access.admit(request.headers, request.method, request.scope["path"])
 
 
 CallerDep = Annotated[Caller, Depends(get_caller)]

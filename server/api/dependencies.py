@@ -9,6 +9,7 @@ from server.api.access import AccessControl, Caller, CallerDep, TenantDep, get_c
 from server.batches.service import BatchService
 from server.checkpoints import Catalogue
 from server.files.service import FileService
+from server.idempotency import IdempotentRequests
 from server.jobs.database import Database
 from server.jobs.queue import JobQueue
 from server.jobs.repository import JobRepository
@@ -36,6 +37,7 @@ class Services:
     repository: JobRepository
     keys: KeyRepository
     access: AccessControl
+    idempotent_requests: IdempotentRequests
     workers: WorkerRegistry
     probe_queue: JobQueue
     """Connection of the readiness check alone."""

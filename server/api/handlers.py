@@ -13,7 +13,7 @@ from starlette.routing import Match
 
 from server.errors import RequestRefusedError, ServiceError, UnavailableError, error_body
 
-__all__ = ["add_exception_handlers", "first_problem"]
+__all__ = ["add_exception_handlers", "answer_of", "first_problem"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,8 @@ def add_exception_handlers(app: FastAPI) -> None:
     app.add_exception_handler(PoolTimeoutError, _on_database_error)
 
 
-def _answer(error: ServiceError) -> JSONResponse:
+def answer_of(error: ServiceError) -> JSONResponse:
+    """The answer that tells a client of an error."""
     headers = dict(error.headers)
     if error.status_code == 413:
         headers["connection"] = "close"  # the rest of the body is not read
@@ -36,7 +37,7 @@ def _answer(error: ServiceError) -> JSONResponse:
 
 def _on_service_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ServiceError)
-    return _answer(error)
+    return answer_of(error)
 
 
 def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
@@ -66,12 +67,12 @@ def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
     """Query parameters; bodies are read by hand in ``fields.py``."""
     assert isinstance(error, RequestValidationError)
     param, message = first_problem(list(error.errors()))
-    return _answer(RequestRefusedError(message, param=param, code=f"invalid_{param}" if param else "invalid_request"))
+    return answer_of(RequestRefusedError(message, param=param, code=f"invalid_{param}" if param else "invalid_request"))
 
 
 def _on_database_error(request: Request, error: Exception) -> JSONResponse:
     logger.error("the database failed: %s", error)
-    return _answer(UnavailableError("The job database is not available now.", code="database_unavailable"))
+    return answer_of(UnavailableError("The job database is not available now.", code="database_unavailable"))
 
 
 def first_problem(problems: list[dict[str, object]]) -> tuple[str | None, str]:

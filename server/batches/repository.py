@@ -28,6 +28,7 @@ from server.batches.model import ACTIVE, WINDOWS_S, Batch, BatchLine, BatchStatu
 from server.files.model import File
 from server.files.repository import insert_file
 from server.files.store import WrittenFile
+from server.idempotency import note_made
 from server.jobs.database import Database, database_now
 from server.jobs.model import TERMINAL, Job, JobStatus
 from server.jobs.repository import JobRecord, insert_jobs, job_record
@@ -214,7 +215,9 @@ class BatchRepository:
                 created_at=database_now(),
                 expires_at=database_now() + WINDOWS_S[completion_window],
             )
-            return _record(connection.execute(statement.returning(*_BATCH.c)).one())
+            batch = _record(connection.execute(statement.returning(*_BATCH.c)).one())
+            note_made(connection, batch.id)
+        return batch
 
     def get(self, tenant: str, batch_id: str) -> BatchRecord | None:
         """The batch, or None when this tenant has none of that id."""

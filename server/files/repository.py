@@ -11,6 +11,7 @@ from sqlalchemy import ColumnElement, Connection, and_, delete, insert, not_, or
 
 from server.files.model import File
 from server.files.store import WrittenFile
+from server.idempotency import note_made
 from server.jobs.database import Database, database_now
 from server.jobs.repository import CURSOR_KEPT_S
 
@@ -78,6 +79,7 @@ class FileRepository:
     ) -> FileRecord:
         """Make the row of a file whose bytes are on disk; it is durable when this returns."""
         with self._database.write() as connection:
+            note_made(connection, file_id)
             return insert_file(
                 connection,
                 file_id=file_id,

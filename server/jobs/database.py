@@ -14,11 +14,12 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Double, Engine, create_engine, event, make_url, text
+from sqlalchemy import Connection, Double, Engine, Table, create_engine, event, make_url, text
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
-__all__ = ["Database", "database_now", "migrate"]
+__all__ = ["Database", "database_now", "insert_if_absent", "migrate"]
 
 BUSY_TIMEOUT_MS = 5000
 _MIGRATION_LOCK_KEY = 0x6D656473  # any number of our own for pg_advisory_lock
@@ -75,6 +76,15 @@ class Database:
     def close(self) -> None:
         """Close all pooled connections."""
         self.engine.dispose()
+
+
+def insert_if_absent(connection: Connection, table: Table, values: dict[str, Any]) -> bool:
+    """Insert a row unless one with the same key is there; whether it was inserted.
+
+    In PostgreSQL it waits for a transaction that inserts the same key at the same time.
+    """
+    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+    return connection.execute(dialect.insert(table).values(values).on_conflict_do_nothing()).rowcount == 1
 
 
 def _configure_sqlite(engine: Engine) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, and_, case, delete, func, insert, or_, select, update
 
+from server.idempotency import note_made
 from server.jobs.database import Database, database_now
 from server.jobs.model import DEFAULT_TENANT, TERMINAL, DeletedJob, Job, JobStatus, new_job_id
 
@@ -162,7 +163,9 @@ class JobRepository:
             if waiting is not None and waiting >= max_queued:
                 raise QueueFullError(f"{waiting} jobs are waiting, {max_queued} may")
             statement = insert(_TABLE).values({**_new(values), **_ACCEPTED_NOW})
-            return _record(connection.execute(statement.returning(*_TABLE.c)).one())
+            job = _record(connection.execute(statement.returning(*_TABLE.c)).one())
+            note_made(connection, job.id)
+        return job
 
     def get(self, job_id: str, *, tenant: str | None = None) -> JobRecord | None:
         """The job, or None when there is none that a client may see."""

@@ -3,7 +3,9 @@
 from alembic import context
 
 import server.batches.model
-import server.files.model  # noqa: F401 - their tables belong to the same schema
+import server.files.model
+import server.idempotency
+import server.keys.model  # noqa: F401 - their tables belong to the same schema
 from server.jobs.model import Base
 
 connection = context.config.attributes.get("connection")
