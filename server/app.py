@@ -1,5 +1,6 @@
 """The HTTP application: puts the parts together and nothing else."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -8,6 +9,7 @@ from fastapi import Depends, FastAPI
 
 import medsora
 from server.api import batches as batches_api
+from server.api import events as events_api
 from server.api import files as files_api
 from server.api import health, models, videos
 from server.api.access import AccessControl, get_caller
@@ -19,6 +21,8 @@ from server.api.uploads import UPLOAD_OVERHEAD_BYTES
 from server.batches.repository import BatchRepository
 from server.batches.service import BatchService
 from server.checkpoints import Catalogue
+from server.events.follower import Follower
+from server.events.log import EventLog
 from server.files.repository import FileRepository
 from server.files.service import FileService
 from server.files.store import FileStore
@@ -68,6 +72,10 @@ def create_app(settings: Settings) -> FastAPI:
             max_queued=settings.max_queued_jobs,
             min_free_bytes=settings.min_free_bytes,
         )
+        events = EventLog(database)
+        follower = Follower(
+            events, repository, interval_s=settings.events_interval_s, max_streams=settings.max_event_streams
+        )
         app.state.services = Services(
             settings=settings,
             database=database,
@@ -78,6 +86,8 @@ def create_app(settings: Settings) -> FastAPI:
             batches=BatchService(
                 BatchRepository(database, lease_s=settings.lease_s), files, max_active=settings.max_active_batches
             ),
+            events=events,
+            follower=follower,
             repository=repository,
             keys=keys,
             access=AccessControl(keys, settings),
@@ -88,9 +98,12 @@ def create_app(settings: Settings) -> FastAPI:
         )
         if app.state.services.access.needs_key() and not keys.any_exists():
             logger.warning("callers need a key, and there is none yet: make one with `medsora-server keys create`")
+        loop = asyncio.get_running_loop()
+        app.state.end_streams = lambda: loop.call_soon_threadsafe(follower.close)
         try:
             yield
         finally:
+            await follower.stop()
             publisher.close()
             probe_queue.close()
             database.close()
@@ -103,6 +116,7 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
         generate_unique_id_function=operation_id,
     )
+    app.state.end_streams = lambda: None  # called by whoever stops the process; before it has started there are none
     add_exception_handlers(app)
     app.add_middleware(IdempotencyMiddleware, spool_dir=settings.data_dir)
     app.add_middleware(
@@ -111,8 +125,8 @@ def create_app(settings: Settings) -> FastAPI:
         metrics=http_metrics,
         body_limits={"/v1/files": settings.max_file_bytes + UPLOAD_OVERHEAD_BYTES},
     )
-    for router in (videos.router, files_api.router, batches_api.router, models.router):
-        app.include_router(router, dependencies=[Depends(get_caller)], responses=error_responses(401, 403, 429))
+    for part in (events_api, videos, files_api, batches_api, models):
+        app.include_router(part.router, dependencies=[Depends(get_caller)], responses=error_responses(401, 403, 429))
     app.include_router(health.router)
     labels = [label.name for label in catalogue.default.manifest.labels]
     install_openapi(app, labels=labels, models=list(catalogue.names))

@@ -59,6 +59,7 @@ def api(
     """Serve HTTP. Needs MEDSORA_REDIS_URL, and workers elsewhere that share database and data folder."""
     settings = _settings(host=host, port=port)
     import socket
+    from types import FrameType
 
     import uvicorn
 
@@ -84,7 +85,14 @@ def api(
         timeout_graceful_shutdown=5,
         h11_max_incomplete_event_size=64 * 1024,
     )
-    uvicorn.Server(config).run(sockets=None if fd is None else [socket.socket(fileno=fd)])
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            # Streams of events have no end of their own: the server would wait for them, and then cut them off.
+            application.state.end_streams()
+            super().handle_exit(sig, frame)
+
+    Server(config).run(sockets=None if fd is None else [socket.socket(fileno=fd)])
 
 
 @app.command()
@@ -125,6 +133,7 @@ def reaper() -> None:
     from server.batch_runner import BatchRunner
     from server.batches.repository import BatchRepository
     from server.checkpoints import Catalogue
+    from server.events.log import EventLog
     from server.files.repository import FileRepository
     from server.files.store import FileStore
     from server.jobs.database import Database, migrate
@@ -175,6 +184,7 @@ def reaper() -> None:
             workers=WorkerRegistry(database, heartbeat_s=settings.worker_heartbeat_s),
             store=store,
             queue=queue,
+            events=EventLog(database),
         ).run(stop)
     finally:
         stop.set()  # or, after an error, the process would go on with half of its work

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from server.events.log import EventLog
 from server.jobs.queue import JobQueue, QueueError
 from server.jobs.repository import JobRepository
 from server.jobs.workers import WorkerRegistry
@@ -38,8 +39,9 @@ class Reaper:
         workers: WorkerRegistry,
         store: ArtifactStore,
         queue: JobQueue,
+        events: EventLog,
     ) -> None:
-        self._settings = settings
+        self._settings, self._events = settings, events
         self._repository, self._workers, self._store, self._queue = repository, workers, store, queue
         self._next_scan = 0.0  # of the steady clock
 
@@ -100,6 +102,8 @@ class Reaper:
             return
         self._next_scan = time.monotonic() + self._settings.orphan_scan_s
         self._workers.drop_dead()
+        while self._events.sweep(kept_s=self._settings.events_kept_s, max_rows=self._settings.events_max_rows):
+            pass
         # Younger files may belong to a claim that the table does not show yet, or not any more.
         old = (file for file in self._store.files() if file.age_s > 2 * self._settings.lease_s)
         removed = 0

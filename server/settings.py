@@ -139,6 +139,29 @@ class Settings(BaseSettings):
         20.0, gt=0.0, le=600.0, description="Seconds that a part of `serve` gets to stop before it is killed."
     )
 
+    events_interval_s: float = Field(
+        0.2, gt=0.0, le=10.0, description="Seconds between two looks of an API process for events, while some listen."
+    )
+    events_heartbeat_s: float = Field(
+        15.0, gt=0.0, le=300.0, description="Seconds of silence after which a stream of events says that it is alive."
+    )
+    events_kept_s: float = Field(
+        86_400.0, ge=60.0, le=31_536_000.0, description="Seconds for which events can be asked for again."
+    )
+    events_max_rows: int = Field(
+        1_000_000, ge=1000, le=100_000_000, description="Most events that are kept, whatever their age."
+    )
+    max_event_streams: int = Field(
+        5000, ge=1, le=20_000, description="Streams of events that one API process serves at once; more get a 429."
+    )
+    preview_interval_s: float = Field(
+        1.0,
+        ge=0.0,
+        le=60.0,
+        description="Least seconds between two pictures of the running estimate, for jobs whose previews somebody "
+        "follows; 0: none are ever made.",
+    )
+
     max_body_bytes: int = Field(
         25 * _MIB, ge=1024, le=1024 * _MIB, description="Largest request body in bytes; more is answered with 413."
     )

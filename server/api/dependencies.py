@@ -8,6 +8,8 @@ from fastapi import Depends, Request
 from server.api.access import AccessControl, Caller, CallerDep, TenantDep, get_caller
 from server.batches.service import BatchService
 from server.checkpoints import Catalogue
+from server.events.follower import Follower
+from server.events.log import EventLog
 from server.files.service import FileService
 from server.idempotency import IdempotentRequests
 from server.jobs.database import Database
@@ -34,6 +36,8 @@ class Services:
     jobs: JobService
     files: FileService
     batches: BatchService
+    events: EventLog
+    follower: Follower
     repository: JobRepository
     keys: KeyRepository
     access: AccessControl

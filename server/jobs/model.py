@@ -114,6 +114,9 @@ class Job(Base):
     deleted_at: Mapped[float | None] = mapped_column(Double)
     """When the client deleted it. Nobody sees such a row; it goes once no worker holds it."""
 
+    previews_until: Mapped[float | None] = mapped_column(Double)
+    """Until when somebody looks at pictures of the running estimate; a worker makes none that nobody looks at."""
+
     # what came of it
     error_code: Mapped[str | None] = mapped_column(String(64))
     error_message: Mapped[str | None] = mapped_column(Text)

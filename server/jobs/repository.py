@@ -1,4 +1,5 @@
-"""All queries of the job table. Each method is one transaction; each change of state is one conditional UPDATE.
+"""All queries of the job table. Each method is one transaction; each change of state is one conditional UPDATE, and
+the rows that it changed are announced (``server/events``) in the same transaction.
 
 A claim raises ``attempt``, and that number is the fencing token: whoever wants to change a running job must
 name it, and is told no (False, None) once somebody else has claimed the job. Times are compared inside the
@@ -6,12 +7,13 @@ database with its own clock, never with the clock of a worker or API host.
 """
 
 import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, case, delete, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Update, and_, case, delete, func, insert, or_, select, true, update
 
+from server.events.jobs import announce_deletion, announce_preview, announce_progress, announce_states
 from server.idempotency import note_made
 from server.jobs.database import Database, database_now
 from server.jobs.model import DEFAULT_TENANT, TERMINAL, DeletedJob, Job, JobStatus, new_job_id
@@ -97,6 +99,7 @@ class JobRecord:
     sampling_s: float | None
     encode_s: float | None
     store_s: float | None
+    previews_until: float | None
 
 
 @dataclass(frozen=True)
@@ -163,9 +166,10 @@ class JobRepository:
             if waiting is not None and waiting >= max_queued:
                 raise QueueFullError(f"{waiting} jobs are waiting, {max_queued} may")
             statement = insert(_TABLE).values({**_new(values), **_ACCEPTED_NOW})
-            job = _record(connection.execute(statement.returning(*_TABLE.c)).one())
-            note_made(connection, job.id)
-        return job
+            row = connection.execute(statement.returning(*_TABLE.c)).one()
+            note_made(connection, row.id)
+            announce_states(connection, [row])
+        return _record(row)
 
     def get(self, job_id: str, *, tenant: str | None = None) -> JobRecord | None:
         """The job, or None when there is none that a client may see."""
@@ -220,6 +224,24 @@ class JobRepository:
             steps += steps_ahead / max(1, running)
         return float(pace_s) * float(steps)
 
+    def want_previews(self, job_ids: Collection[str], tenants: Collection[str], *, for_s: float) -> None:
+        """Let workers show previews of these unfinished jobs, and of all of these tenants, for a while."""
+        meant = and_(Job.status.not_in(_TERMINAL_NAMES), or_(Job.id.in_(job_ids), Job.tenant.in_(tenants)))
+        with self._database.write() as connection:
+            connection.execute(update(Job).where(meant).values(previews_until=database_now() + for_s))
+
+    def queue_places(
+        self, job_ids: Collection[str], tenants: Collection[str], *, limit: int
+    ) -> list[tuple[JobRecord, int]]:
+        """Waiting jobs among these and of these tenants, with their places in the queue, from 1: the first of them."""
+        place = func.row_number().over(order_by=Job.seq).label("place")
+        queue = select(Job.seq, place).where(Job.status == JobStatus.QUEUED).subquery()
+        meant = and_(_VISIBLE, or_(Job.id.in_(job_ids), Job.tenant.in_(tenants)))
+        query = select(*_TABLE.c, queue.c.place).join(queue, queue.c.seq == Job.seq).where(meant)
+        with self._database.read() as connection:
+            rows = connection.execute(query.order_by(Job.seq).limit(limit)).all()
+        return [(job_record({c.name: row._mapping[c.name] for c in _TABLE.c}), row.place) for row in rows]
+
     def request_cancel(self, job_id: str, *, tenant: str | None = None) -> bool:
         """Cancel a job that waits, ask the worker of one that runs. False when it is neither."""
         it = and_(*_one(job_id, tenant))
@@ -235,12 +257,13 @@ class JobRepository:
         with self._database.write() as connection:
             _cancel_waiting(connection, it)
             statement = (
-                update(Job).where(it).values(deleted_at=database_now(), cancel_requested=True).returning(Job.status)
+                update(_TABLE).where(it).values(deleted_at=database_now(), cancel_requested=True).returning(*_TABLE.c)
             )
-            status = connection.scalar(statement)
-        if status is None:
-            return Removal.MISSING
-        return Removal.RUNNING if status == JobStatus.RUNNING else Removal.READY
+            row = connection.execute(statement).one_or_none()
+            if row is None:
+                return Removal.MISSING
+            announce_deletion(connection, row)
+        return Removal.RUNNING if row.status == JobStatus.RUNNING else Removal.READY
 
     # -- workers ---------------------------------------------------------------------------------------------
 
@@ -265,23 +288,48 @@ class JobRepository:
         )
         with self._database.write() as connection:
             row = connection.execute(statement).one_or_none()
+            if row is not None:
+                announce_states(connection, [row])
         return None if row is None else Claim(_record(row), row.attempt)
 
-    def renew(self, job_id: str, token: int, *, steps_done: int) -> bool | None:
+    def renew(self, job_id: str, token: int, *, steps_done: int, announce: bool = False) -> bool | None:
         """Prolong the lease and record progress.
+
+        Args:
+            announce: Whether to tell the progress to those who follow the job.
 
         Returns:
             Whether cancellation was asked for; None when the claim is lost.
         """
         statement = (
-            update(Job)
+            update(_TABLE)
             .where(*_held(job_id, token))
             .values(lease_until=database_now() + self._lease_s, steps_done=steps_done)
-            .returning(Job.cancel_requested)
+            .returning(*_TABLE.c)
         )
         with self._database.write() as connection:
             row = connection.execute(statement).one_or_none()
+            if row is not None and announce:
+                announce_progress(connection, row)
         return None if row is None else bool(row.cancel_requested)
+
+    def preview_wanted(self, job_id: str) -> bool:
+        """Whether somebody looks at the previews of a job now."""
+        query = select(Job.id).where(Job.id == job_id, Job.previews_until > database_now())
+        with self._database.read() as connection:
+            return connection.scalar(query) is not None
+
+    def show_preview(self, job_id: str, token: int, image: bytes, *, steps_done: int) -> None:
+        """Tell what a job will look like, if the claim still stands.
+
+        Args:
+            image: WebP.
+            steps_done: After which the picture was taken.
+        """
+        with self._database.write() as connection:
+            row = connection.execute(select(_TABLE).where(*_held(job_id, token))).one_or_none()
+            if row is not None:
+                announce_preview(connection, row, image, steps_done=steps_done)
 
     def succeed(self, job_id: str, token: int, work: FinishedWork) -> bool:
         """Publish the result. False when the claim is lost or cancellation was asked for: then it is not."""
@@ -304,7 +352,7 @@ class JobRepository:
             )
         )
         with self._database.write() as connection:
-            return connection.execute(statement).rowcount == 1
+            return _change(connection, statement) == 1
 
     def fail(self, job_id: str, token: int, *, code: str, message: str) -> bool:
         """End the job with an error. False when the claim is lost."""
@@ -318,32 +366,31 @@ class JobRepository:
         """Let another worker have the job at once, without using up an attempt. False when the claim is lost."""
         statement = update(Job).where(*_held(job_id, token), Job.cancel_requested.is_(False))
         with self._database.write() as connection:
-            changed = connection.execute(statement.values(handed_back=Job.handed_back + 1, **_waiting())).rowcount
-        return changed == 1
+            return _change(connection, statement.values(handed_back=Job.handed_back + 1, **_waiting())) == 1
 
     def _end(self, job_id: str, token: int, status: JobStatus, code: str, message: str) -> bool:
         statement = update(Job).where(*_held(job_id, token)).values(**_ended(status, code, message))
         with self._database.write() as connection:
-            return connection.execute(statement).rowcount == 1
+            return _change(connection, statement) == 1
 
     # -- reaper and publishers -------------------------------------------------------------------------------
 
     def sweep_expired(self) -> SweepResult:
         """Settle every running job whose lease has run out: canceled, failed for good, or waiting again."""
         expired = and_(Job.status == JobStatus.RUNNING, Job.lease_until < database_now())
+        message = f"The worker was lost {self._max_attempts} times while running this job."
+        changes = (
+            (Job.cancel_requested.is_(True), _ended(JobStatus.CANCELED, CANCELLED, CANCELLED_MESSAGE)),
+            (~self._attempts_left(), _ended(JobStatus.FAILED, EXHAUSTED, message)),
+            (true(), _waiting()),
+        )
         with self._database.write() as connection:
-            canceled = connection.execute(
-                update(Job)
-                .where(expired, Job.cancel_requested.is_(True))
-                .values(**_ended(JobStatus.CANCELED, CANCELLED, CANCELLED_MESSAGE))
-            ).rowcount
-            message = f"The worker was lost {self._max_attempts} times while running this job."
-            exhausted = connection.execute(
-                update(Job)
-                .where(expired, ~self._attempts_left())
-                .values(**_ended(JobStatus.FAILED, EXHAUSTED, message))
-            ).rowcount
-            requeued = connection.execute(update(Job).where(expired).values(**_waiting())).rowcount
+            settled = [
+                connection.execute(update(_TABLE).where(expired, which).values(**values).returning(*_TABLE.c)).all()
+                for which, values in changes
+            ]
+            announce_states(connection, [row for rows in settled for row in rows])
+        canceled, exhausted, requeued = map(len, settled)
         return SweepResult(requeued=requeued, exhausted=exhausted, canceled=canceled)
 
     def unpublished(self, *, grace_s: float, limit: int) -> list[tuple[str, int]]:
@@ -430,9 +477,11 @@ def insert_jobs(connection: Connection, jobs: Sequence[dict[str, Any]]) -> list[
         jobs: The columns of what was asked, of each job.
     """
     rows = [_new(values) for values in jobs]
+    ids = [row["id"] for row in rows]
     if rows:
         connection.execute(insert(_TABLE).values(_ACCEPTED_NOW), rows)
-    return [row["id"] for row in rows]
+        announce_states(connection, connection.execute(select(_TABLE).where(Job.id.in_(ids))).all())
+    return ids
 
 
 def _new(values: dict[str, Any]) -> dict[str, Any]:
@@ -454,9 +503,16 @@ def _one(job_id: str, tenant: str | None, table: type[Job] | type[DeletedJob] = 
 
 
 def _cancel_waiting(connection: Connection, condition: ColumnElement[bool]) -> bool:
-    statement = update(Job).where(condition, Job.status == JobStatus.QUEUED, _VISIBLE)
+    statement = update(_TABLE).where(condition, Job.status == JobStatus.QUEUED, _VISIBLE)
     ended = _ended(JobStatus.CANCELED, CANCELLED, CANCELLED_MESSAGE)
-    return connection.execute(statement.values(**ended)).rowcount == 1
+    return _change(connection, statement.values(**ended)) == 1
+
+
+def _change(connection: Connection, statement: Update) -> int:
+    """Change the state of jobs and announce it; returns how many."""
+    rows = connection.execute(statement.returning(*_TABLE.c)).all()
+    announce_states(connection, rows)
+    return len(rows)
 
 
 def _held(job_id: str, token: int) -> tuple[ColumnElement[bool], ...]:

@@ -13,6 +13,7 @@ from server.jobs.repository import Claim, JobRepository
 __all__ = ["ClaimKeeper", "ClaimLost", "JobCanceled", "WorkerStopping"]
 
 logger = logging.getLogger(__name__)
+_ANNOUNCE_EVERY_S = 0.2
 
 
 class JobCanceled(GenerationCanceled):
@@ -58,6 +59,7 @@ class ClaimKeeper:
         self._lost = False
         # The steady clock of this process measures only its own silence; leases are the database's to judge.
         self._renewed_at = time.monotonic()
+        self._announced_at = 0.0
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
@@ -80,7 +82,11 @@ class ClaimKeeper:
         """
         self._steps_done = steps_done
         if steps_done == 1 or time.monotonic() - self._renewed_at >= self._progress_interval_s:
-            self._renew()
+            # Those who follow the job look a few times a second: they need not be told of every step.
+            announce = steps_done == num_steps or time.monotonic() - self._announced_at >= _ANNOUNCE_EVERY_S
+            if announce:
+                self._announced_at = time.monotonic()
+            self._renew(announce=announce)
         self._raise_if_over()
 
     def check(self) -> None:
@@ -105,11 +111,13 @@ class ClaimKeeper:
             if time.monotonic() - self._renewed_at >= self._heartbeat_s / 2:
                 self._renew()
 
-    def _renew(self) -> None:
+    def _renew(self, *, announce: bool = False) -> None:
         with self._lock:
             began = time.monotonic()
             try:
-                answer = self._repository.renew(self._claim.job.id, self._claim.token, steps_done=self._steps_done)
+                answer = self._repository.renew(
+                    self._claim.job.id, self._claim.token, steps_done=self._steps_done, announce=announce
+                )
             except SQLAlchemyError as error:
                 logger.warning("the lease of %s could not be renewed: %s", self._claim.job.id, error)
                 self._lost = self._lost or began - self._renewed_at > self._lease_s

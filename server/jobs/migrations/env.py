@@ -3,6 +3,7 @@
 from alembic import context
 
 import server.batches.model
+import server.events.model
 import server.files.model
 import server.idempotency
 import server.keys.model  # noqa: F401 - their tables belong to the same schema

@@ -8,6 +8,7 @@ from typing import cast
 import pytest
 from sqlalchemy import update
 
+from server.events.log import EventLog
 from server.jobs.database import Database, database_now
 from server.jobs.model import Job, JobStatus, new_job_id
 from server.jobs.queue import JobQueue, QueueError
@@ -54,7 +55,10 @@ def reaper(
 ) -> Reaper:
     settings = Settings(data_dir=tmp_path, orphan_scan_s=0.001, publish_grace_s=5.0, republish_after_s=10.0)
     workers = WorkerRegistry(database, heartbeat_s=1.0)
-    return Reaper(settings, repository=repository, workers=workers, store=store, queue=cast(JobQueue, queue))
+    events = EventLog(database)
+    return Reaper(
+        settings, repository=repository, workers=workers, store=store, queue=cast(JobQueue, queue), events=events
+    )
 
 
 @pytest.fixture
