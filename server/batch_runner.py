@@ -101,13 +101,14 @@ class BatchRunner:
         """Do one portion of work on each batch; returns whether there is more to do at once."""
         moved = False
         try:
-            active = self._batches.active()
+            room = self._room()
+            active = self._batches.with_work(has_room=room > 0)
         except SQLAlchemyError as error:
             logger.warning("batches: %s", error)
             return False
         for seq in active:
             try:
-                moved |= self._advance(seq, share=len(active))
+                moved |= self._advance(seq, share=-(-room // len(active)))
             except ClaimLostError as error:
                 logger.info("%s is not what it was: cancelled, or worked on by another", error)
             except (SQLAlchemyError, OSError, StorageFullError) as error:
@@ -142,7 +143,7 @@ class BatchRunner:
         return removed
 
     def _advance(self, seq: int, *, share: int) -> bool:
-        """One portion of work on a batch; returns whether there is more to do at once."""
+        """One portion of work on a batch, at most ``share`` new jobs; returns whether there is more to do at once."""
         claim = self._batches.claim(seq)
         if claim is None:
             return False
@@ -226,8 +227,8 @@ class BatchRunner:
 
     def _work(self, claim: BatchClaim, *, share: int) -> bool:
         outstanding = self._batches.settle(claim, limit=_SETTLE_LINES)
-        room = self._room(share)
-        lines = self._batches.pending(claim, limit=max(1, min(room, _SUBMIT_LINES)))
+        room = min(share, self._room(), _SUBMIT_LINES)
+        lines = self._batches.pending(claim, limit=max(1, room))
         if not lines:
             if outstanding:
                 return False
@@ -239,14 +240,13 @@ class BatchRunner:
         self._publish(self._batches.submit(claim, submitted))
         return bool(submitted)
 
-    def _room(self, share: int) -> int:
-        """Number of jobs that this batch may make now, so that other requests still find a place in the queue."""
+    def _room(self) -> int:
+        """Number of jobs that batches may make now, so that other requests still find a place in the queue."""
         settings = self._settings
         pace = self._repository.count_done(within_s=settings.batch_queued_s, limit=settings.batch_queued_jobs)
         of_batches = min(settings.batch_queued_jobs, max(_LEAST_QUEUED, pace)) - self._batches.waiting_jobs()
         of_all = settings.max_queued_jobs // 2 - self._repository.count_waiting()
-        room = min(of_batches, of_all)
-        return -(-room // share) if room > 0 else 0
+        return max(0, min(of_batches, of_all))
 
     def _resolve(self, batch: BatchRecord, lines: Sequence[PendingLine]) -> list[SubmittedLine]:
         """What becomes of these lines; ends early where the server can take no more at the moment."""

@@ -51,6 +51,8 @@ _BATCH: Any = Batch.__table__
 _LINE: Any = BatchLine.__table__
 _JOB: Any = Job.__table__
 _FINISHED_JOBS = sorted(status.value for status in TERMINAL)
+_AT_END = or_(Job.id.is_(None), Job.deleted_at.is_not(None), Job.status.in_(_FINISHED_JOBS))
+"""Of a line's job, joined from outside: nothing more will come of it."""
 _ENTERED_AT = {
     BatchStatus.IN_PROGRESS: "in_progress_at",
     BatchStatus.FINALIZING: "finalizing_at",
@@ -247,9 +249,25 @@ class BatchRepository:
 
     # -- the process that works on them ----------------------------------------------------------------------
 
-    def active(self) -> list[int]:
-        """Numbers of all batches with something to do, oldest first."""
-        query = select(Batch.seq).where(Batch.status.in_(ACTIVE)).order_by(Batch.seq)
+    def with_work(self, *, has_room: bool) -> list[int]:
+        """Numbers of all batches with something to do now, oldest first: a look at them costs no write.
+
+        Args:
+            has_room: Whether lines could be submitted.
+        """
+        pending = exists().where(BatchLine.batch_seq == Batch.seq, BatchLine.state == LineState.PENDING)
+        submitted = exists().where(BatchLine.batch_seq == Batch.seq, BatchLine.state == LineState.SUBMITTED)
+        ended = (
+            select(BatchLine.line)
+            .join(Job, Job.id == BatchLine.job_id, isouter=True)
+            .where(BatchLine.batch_seq == Batch.seq, BatchLine.state == LineState.SUBMITTED, _AT_END)
+            .exists()
+        )
+        all_done = ~pending & ~submitted
+        due = [Batch.status != BatchStatus.IN_PROGRESS, Batch.expires_at <= database_now(), ended, all_done]
+        if has_room:
+            due.append(pending)
+        query = select(Batch.seq).where(Batch.status.in_(ACTIVE), or_(*due)).order_by(Batch.seq)
         with self._database.read() as connection:
             return list(connection.scalars(query))
 
@@ -400,12 +418,11 @@ class BatchRepository:
             ClaimLostError: The claim does not stand any more.
         """
         submitted = and_(BatchLine.batch_seq == claim.batch.seq, BatchLine.state == LineState.SUBMITTED)
-        at_end = or_(Job.id.is_(None), Job.deleted_at.is_not(None), Job.status.in_(_FINISHED_JOBS))
         succeeded = case((and_(Job.status == JobStatus.SUCCEEDED, Job.deleted_at.is_(None)), 1), else_=0)
         query = (
             select(BatchLine.line, succeeded.label("succeeded"))
             .join(Job, Job.id == BatchLine.job_id, isouter=True)
-            .where(submitted, at_end)
+            .where(submitted, _AT_END)
             .limit(limit)
         )
         with self._database.read() as connection:

@@ -333,6 +333,23 @@ def test_other_requests_keep_their_place(bench: Bench) -> None:
     assert bench.count_jobs() == 10
 
 
+def test_batches_that_only_wait_are_not_written(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch_id = bench.create([line(str(number)) for number in range(30)])
+    bench.look()
+
+    def write(database: Database) -> Any:
+        raise AssertionError("the database was written")
+
+    original = Database.write
+    monkeypatch.setattr(Database, "write", write)
+    for _ in range(3):
+        assert bench.runner.look() is False
+    monkeypatch.setattr(Database, "write", original)
+    bench.make(bench.waiting()[0])
+    bench.look()
+    assert bench.batch(batch_id)["request_counts"]["completed"] == 1
+
+
 def test_what_waits_follows_the_pace(bench: Bench) -> None:
     batch_id = bench.create([line(str(number)) for number in range(60)])
     bench.look()
@@ -540,7 +557,7 @@ def test_killed_before_or_after_any_transaction(bench: Bench, at: int, monkeypat
 def test_one_that_was_frozen_changes_nothing(bench: Bench) -> None:
     batch_id = bench.create([line("a"), line("b")])
     repository = BatchRepository(bench.database, lease_s=60.0)
-    (seq,) = repository.active()
+    (seq,) = repository.with_work(has_room=True)
     frozen = repository.claim(seq)
     assert frozen is not None
     assert repository.claim(seq) is None, "it is held"
