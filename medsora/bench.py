@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from medsora.checkpoint import LoadedCheckpoint
 from medsora.config import SAMPLERS_OF, AutoencoderConfig, DenoiserConfig, ModelConfig
+from medsora.diffusion.samplers import SAMPLERS
 from medsora.errors import RequestError
 from medsora.geometry import SPATIAL_STRIDE, is_valid_video_shape, latent_shape
 from medsora.manifest import FORMAT_VERSION, Label, Limits, Manifest
@@ -230,17 +231,18 @@ def measure(
     config, limits = pipeline.config, pipeline.manifest.limits
     if pipeline.device.type not in ("cpu", "cuda"):
         raise RequestError("device", f"{str(pipeline.device)!r} has no clock here", ("cpu", "cuda"))
+    chosen = limits.samplers[0] if sampler is None else sampler
     request = GenerationRequest(
         label=pipeline.manifest.labels[0].name,
         seed=0,
         num_frames=num_frames,
         height=height,
         width=width,
-        num_inference_steps=limits.num_inference_steps[1] if num_steps is None else num_steps,
-        guidance_scale=limits.guidance_scale[1] if guidance_scale is None else guidance_scale,
-        sampler=limits.samplers[0] if sampler is None else sampler,
+        num_inference_steps=limits.default_steps(chosen) if num_steps is None else num_steps,
+        guidance_scale=limits.default_guidance(chosen) if guidance_scale is None else guidance_scale,
+        sampler=chosen,
     )
-    known = SAMPLERS_OF[config.denoiser.prediction]
+    known = config.denoiser.samplers
     if request.sampler not in known:
         raise RequestError("sampler", f"{request.sampler!r} does not fit this network", known)
     if not request.guidance_scale >= 1:
@@ -261,7 +263,8 @@ def measure(
         raise RequestError("size", f"width and height must be positive multiples of {step}, got {width}x{height}")
     latent = latent_shape(num_frames, height, width)
     rows, columns = latent[1] // patch_size, latent[2] // patch_size
-    calls = 1 if request.guidance_scale == 1 else 2
+    is_guided = request.guidance_scale != 1 and not SAMPLERS[request.sampler].has_built_in_guidance
+    calls = 2 if is_guided else 1
     counted = BenchRow(
         batch=batch,
         num_frames=num_frames,

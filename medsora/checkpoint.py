@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
-from medsora.config import SAMPLERS_OF, ModelConfig, config_from_json, config_to_json
+from medsora.config import ModelConfig, config_from_json, config_to_json
 from medsora.errors import CheckpointError
 from medsora.files import parse_weight_header, read_bounded, sha256_of, sync, write_file
 from medsora.geometry import SPATIAL_STRIDE, is_valid_video_shape
@@ -159,11 +159,12 @@ def _check_manifest(config: ModelConfig, manifest: Manifest) -> None:
     prediction = config.denoiser.prediction
     if limits.clean_prefixes and prediction != "velocity":
         raise ValueError(f"limits.clean_prefixes is for a predicted velocity; the denoiser predicts {prediction}")
-    unfit = [name for name in limits.samplers if name not in SAMPLERS_OF[prediction]]
+    able = config.denoiser.samplers
+    unfit = [name for name in limits.samplers if name not in able]
     if unfit:
         raise ValueError(
             f"limits name samplers that cannot use a predicted {prediction}: {', '.join(unfit)}; "
-            f"those that can: {', '.join(SAMPLERS_OF[prediction])}"
+            f"those that can: {', '.join(able)}"
         )
 
 

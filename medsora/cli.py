@@ -310,6 +310,16 @@ def _limits_table(manifest: Manifest) -> Table:
             ("steps", f"{steps_low} to {steps_high}, default {steps_default}"),
             ("guidance", f"{guidance_low:g} to {guidance_high:g}, default {guidance_default:g}"),
             ("sampler", ", ".join(limits.samplers)),
+            *(
+                [
+                    (
+                        "shortcut",
+                        f"{', '.join(map(str, limits.shortcut_steps))} steps, guidance {limits.shortcut_guidance:g}",
+                    )
+                ]
+                if limits.shortcut_steps
+                else []
+            ),
         ]
     )
 

@@ -7,12 +7,22 @@ from dataclasses import dataclass
 
 from medsora.jsonconfig import from_json, to_json
 
-__all__ = ["SAMPLERS_OF", "AutoencoderConfig", "DenoiserConfig", "ModelConfig", "config_from_json", "config_to_json"]
+__all__ = [
+    "SAMPLERS_OF",
+    "SHORTCUT",
+    "AutoencoderConfig",
+    "DenoiserConfig",
+    "ModelConfig",
+    "config_from_json",
+    "config_to_json",
+]
 
 SCAN_ORDERS = ("spiral", "released")
 LOCAL_POSITIONS = ("relative", "released")
 SAMPLERS_OF = {"velocity": ("euler", "heun"), "noise": ("ddim", "ddpm")}
 """The samplers that can use each kind of prediction."""
+SHORTCUT = "shortcut"
+"""The sampler of a network that was trained for few long steps."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -78,6 +88,8 @@ class DenoiserConfig:
     """Rank of adaLN's projection; None is the paper's full matrix."""
     condition_sizes: tuple[int, ...] = ()
     """Number of classes of each condition; index ``size`` is the null class."""
+    has_step_sizes: bool = False
+    """Whether the network can be told how far the sampler goes at once: what the sampler ``shortcut`` needs."""
 
     def __post_init__(self) -> None:
         # bounds that no real network comes near, so that a hostile file cannot ask for one that never ends building
@@ -103,6 +115,10 @@ class DenoiserConfig:
         _require(
             self.d_inner % self.headdim == 0,
             f"expand * hidden_size ({self.d_inner}) must be a multiple of headdim ({self.headdim})",
+        )
+        _require(
+            not self.has_step_sizes or self.prediction == "velocity",
+            f"has_step_sizes is for a predicted velocity, the network predicts {self.prediction}",
         )
         _require(self.hidden_size % 4 == 0, f"hidden_size must be a multiple of 4, got {self.hidden_size}")
         _require(
@@ -135,6 +151,11 @@ class DenoiserConfig:
     def num_heads(self) -> int:
         """Heads of the state-space operator."""
         return self.d_inner // self.headdim
+
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        """The samplers that can use this network."""
+        return (*SAMPLERS_OF[self.prediction], *([SHORTCUT] if self.has_step_sizes else []))
 
     @property
     def null_condition(self) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ __all__ = ["GraphedFunction", "GraphedMap", "GraphedSampler"]
 WARM_UP_RUNS = 2
 """Runs before the recording: kernels are compiled and tuned, and workspaces allocated, in them."""
 
-PredictFn = Callable[[Tensor, Any, Tensor], Tensor]
+PredictFn = Callable[..., Tensor]
 
 
 @cache
@@ -87,7 +87,8 @@ class GraphedSampler:
     def __init__(self, predict: PredictFn, null_condition: Int[Tensor, " k"], *, pool: Any) -> None:
         """
         Args:
-            predict: ``(x, t, condition) -> prediction``; ``t`` is a 0-d tensor, or one of each frame (b f).
+            predict: ``(x, t, condition) -> prediction``, or with the size of the step as well; times are 0-d tensors,
+                or one of each frame (b f).
         """
         self._predict, self._null_condition, self._pool = predict, null_condition, pool
         self._buffers: dict[tuple[Any, ...], _Buffers] = {}

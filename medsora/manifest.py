@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from medsora.config import SHORTCUT
 from medsora.errors import CheckpointError
 from medsora.files import read_bounded
 from medsora.geometry import CHUNK_FRAMES
@@ -63,11 +64,23 @@ class Limits:
     guidance_scale: tuple[float, float, float]
     """Least, default, most; 1 is no guidance."""
     samplers: tuple[str, ...]
+    shortcut_steps: tuple[int, ...] = ()
+    """Numbers of steps that the sampler ``shortcut`` was trained for, its default first: it takes these alone."""
+    shortcut_guidance: float = 1.0
+    """Guidance that is built into it, and cannot be chosen."""
     clean_prefixes: bool = False
     """Whether the denoiser was trained to go on from frames that it is given clean: what clips that begin with given
     frames, and those longer than any of ``num_frames``, need."""
     max_frames: int | None = None
     """With clean prefixes: frames of the longest clip, made in windows; every multiple of 8 up to it can be had."""
+
+    def default_steps(self, sampler: str) -> int:
+        """Steps that a sampler takes unless others are asked for."""
+        return self.shortcut_steps[0] if sampler == SHORTCUT else self.num_inference_steps[1]
+
+    def default_guidance(self, sampler: str) -> float:
+        """Guidance that a sampler has unless another is asked for."""
+        return self.shortcut_guidance if sampler == SHORTCUT else self.guidance_scale[1]
 
     @property
     def window(self) -> int:
@@ -139,6 +152,13 @@ class Manifest:
             raise ValueError(f"labels must have different names, got {list(self.label_names)}")
         if not (limits.sizes and limits.num_frames and limits.samplers and limits.fps > 0):
             raise ValueError("limits must name at least one size, num_frames and sampler, and fps above 0")
+        if (SHORTCUT in limits.samplers) != bool(limits.shortcut_steps):
+            raise ValueError(f"limits.shortcut_steps go with the sampler {SHORTCUT}, got {limits.shortcut_steps}")
+        if not all(steps >= 1 for steps in limits.shortcut_steps) or not limits.shortcut_guidance >= 1:
+            raise ValueError(
+                f"limits.shortcut_steps and shortcut_guidance must be 1 or more, got {limits.shortcut_steps} and "
+                f"{limits.shortcut_guidance}"
+            )
         for key, (low, default, high) in (
             ("num_inference_steps", limits.num_inference_steps),
             ("guidance_scale", limits.guidance_scale),

@@ -249,8 +249,11 @@ class VideoPipeline:
         first = requests[0]
         if not first.source_frames and sources is not None:
             raise ValueError("sources are given, and no request has any")
-        if not self._is_plain(first) and SAMPLERS[first.sampler].steps_from is None:
+        sampler = SAMPLERS[first.sampler]
+        if not self._is_plain(first) and sampler.prediction != "velocity":
             raise ValueError(f"{first.sampler} samples single windows from noise alone")
+        if first.strength < 1 and sampler.steps_from is None:
+            raise ValueError(f"{first.sampler} samples from noise alone, and cannot edit")
         if first.source_frames:
             wanted = (first.source_frames, first.height, first.width, 3)
             shapes = [] if sources is None else [source.shape for source in sources]
@@ -320,11 +323,14 @@ class VideoPipeline:
         video = self.autoencoder.decode(latents.to(self.dtype))
         return to_pixels(video), torch.isfinite(video).all()
 
-    def _predict(self, x: Tensor, t: Any, condition: Tensor) -> Tensor:
+    def _predict(self, x: Tensor, t: Any, condition: Tensor, *step: Any) -> Tensor:
         """The network at one time for all frames, or at one of each; the sampler's state keeps its type, only the
         network has its own."""
-        times = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(x.shape[0], x.shape[2])
-        predicted: Tensor = self.denoiser(x.to(self.dtype), times, condition)
+        times, *steps = (
+            torch.as_tensor(value, dtype=torch.float32, device=x.device).expand(x.shape[0], x.shape[2])
+            for value in (t, *step)
+        )
+        predicted: Tensor = self.denoiser(x.to(self.dtype), times, condition, *steps)
         return predicted.to(x.dtype)
 
     def sample_latents(
@@ -496,6 +502,7 @@ class VideoPipeline:
         if first.strength < 1:
             assert sampler.steps_from is not None  # _check
             steps = sampler.steps_from(first.num_inference_steps, first.strength)
+        guidance_scale = 1.0 if sampler.has_built_in_guidance else first.guidance_scale
         noise = start(noise_of_step(None))
         if self._sample_by_graphs is not None:
             self.denoiser.make_tables(latent, self.device)
@@ -503,12 +510,12 @@ class VideoPipeline:
                 steps,
                 noise,
                 condition,
-                first.guidance_scale,
+                guidance_scale,
                 is_known=is_known,
                 draw_noise=noise_of_step,
                 on_step=on_step,
             )
-        predict = guided(self._predict, condition, self._null_condition, first.guidance_scale)
+        predict = guided(self._predict, condition, self._null_condition, guidance_scale)
         if is_known is not None:
             predict = held(predict, is_known)
         return sample(steps, predict, noise, draw_noise=noise_of_step, on_step=on_step)

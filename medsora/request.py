@@ -8,10 +8,10 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from medsora.config import SAMPLERS_OF
+from medsora.config import SAMPLERS_OF, SHORTCUT
 from medsora.errors import RequestError
 from medsora.geometry import CHUNK_FRAMES
-from medsora.manifest import Label, Manifest, normalise_label
+from medsora.manifest import Label, Limits, Manifest, normalise_label
 
 __all__ = [
     "MAX_SEED",
@@ -132,8 +132,6 @@ def resolve_request(
         RequestError: With the field, and the values allowed for it.
     """
     limits = manifest.limits
-    steps_low, steps_default, steps_high = limits.num_inference_steps
-    guidance_low, guidance_default, guidance_high = limits.guidance_scale
     if not 0 <= seed <= MAX_SEED:
         raise RequestError("seed", f"{seed} is out of range", [f"0 to {MAX_SEED}"])
     size = limits.sizes[0]
@@ -147,16 +145,12 @@ def resolve_request(
     frames = limits.num_frames[0] if num_frames is None else num_frames
     if not limits.can_make(frames):
         raise RequestError("num_frames", f"{manifest.name} cannot make {frames} frames", limits.lengths)
-    steps = steps_default if num_inference_steps is None else num_inference_steps
-    if not steps_low <= steps <= steps_high:
-        raise RequestError("num_inference_steps", f"{steps} is out of range", [f"{steps_low} to {steps_high}"])
-    guidance = guidance_default if guidance_scale is None else float(guidance_scale)
-    if not guidance_low <= guidance <= guidance_high:  # also refuses nan
-        allowed = [f"{guidance_low:g} to {guidance_high:g}"]
-        raise RequestError("guidance_scale", f"{guidance} is out of range", allowed)
-    chosen = limits.samplers[0] if sampler is None else sampler
+    chosen = _default_sampler(limits, is_edit=strength < 1) if sampler is None else sampler
     if chosen not in limits.samplers:
         raise RequestError("sampler", f"{manifest.name} has no sampler {chosen[:40]!r}", limits.samplers)
+    steps = limits.default_steps(chosen) if num_inference_steps is None else num_inference_steps
+    guidance = limits.default_guidance(chosen) if guidance_scale is None else float(guidance_scale)
+    _check_sampling(limits, chosen, steps, guidance)
     _check_source(manifest, frames, chosen, prefix_frames, strength)
     return GenerationRequest(
         label=resolve_label(manifest, label).name,
@@ -170,6 +164,33 @@ def resolve_request(
         prefix_frames=prefix_frames,
         strength=float(strength),
     )
+
+
+def _default_sampler(limits: Limits, *, is_edit: bool) -> str:
+    """The first one that can."""
+    able = [name for name in limits.samplers if name != SHORTCUT or not is_edit]
+    return (able or limits.samplers)[0]
+
+
+def _check_sampling(limits: Limits, sampler: str, steps: int, guidance: float) -> None:
+    """Refuse numbers that the sampler does not take."""
+    if sampler == SHORTCUT:
+        others = [name for name in limits.samplers if name != SHORTCUT]
+        with_other = f"; another number with sampler {' or '.join(others)}" if others else ""
+        if steps not in limits.shortcut_steps:
+            allowed = [f"{', '.join(map(str, sorted(limits.shortcut_steps)))} with sampler {SHORTCUT}{with_other}"]
+            raise RequestError("num_inference_steps", f"{steps} steps cannot be taken by {SHORTCUT}", allowed)
+        if guidance != limits.shortcut_guidance:  # also refuses nan
+            allowed = [f"{limits.shortcut_guidance:g}, which is built into sampler {SHORTCUT}{with_other}"]
+            raise RequestError("guidance_scale", f"{guidance} cannot be chosen with {SHORTCUT}", allowed)
+        return
+    steps_low, _, steps_high = limits.num_inference_steps
+    guidance_low, _, guidance_high = limits.guidance_scale
+    if not steps_low <= steps <= steps_high:
+        raise RequestError("num_inference_steps", f"{steps} is out of range", [f"{steps_low} to {steps_high}"])
+    if not guidance_low <= guidance <= guidance_high:  # also refuses nan
+        allowed = [f"{guidance_low:g} to {guidance_high:g}"]
+        raise RequestError("guidance_scale", f"{guidance} is out of range", allowed)
 
 
 def _check_source(manifest: Manifest, num_frames: int, sampler: str, prefix_frames: int, strength: float) -> None:

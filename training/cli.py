@@ -144,6 +144,48 @@ def denoiser_command(
     _exit(result.signal_number)
 
 
+@app.command("distill")
+def distill_command(
+    name: RecipeArgument,
+    data: DataOption,
+    autoencoder: Annotated[Path, typer.Option(help="Folder of the autoencoder's run, or a checkpoint.")],
+    teacher: Annotated[Path, typer.Option(help="Folder of the denoiser's run to learn from.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    autoencoder_ema: Annotated[str | None, typer.Option(help=f"Of the autoencoder's run. {AVERAGE_HELP}")] = None,
+    teacher_ema: Annotated[str | None, typer.Option(help=f"Of the teacher's run. {AVERAGE_HELP}")] = None,
+    settings: SetOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")] = False,
+    time_budget_s: BudgetOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Make a trained denoiser sample in few steps."""
+    config = _configure(name, settings, data)
+    if config.distillation is None:
+        able = ", ".join(known for known in RECIPES if recipe(known).distillation is not None)
+        raise typer.BadParameter(f"{name} is no recipe of a distillation; those are {able}")
+    from training.distributed import join
+    from training.runs import train_denoiser
+
+    place = _device(device)
+    with join(place, config.loop.distributed) as processes:
+        result = train_denoiser(
+            config,
+            out,
+            table=data,
+            autoencoder=autoencoder,
+            autoencoder_average=autoencoder_ema,
+            teacher=teacher,
+            teacher_average=teacher_ema,
+            device=place,
+            processes=processes,
+            is_resuming=resume,
+            time_budget_s=time_budget_s,
+            started=STARTED,
+            report=_report if processes.is_first else _keep_quiet,
+        )
+    _exit(result.signal_number)
+
+
 @app.command("latents")
 def latents_command(
     name: RecipeArgument,
@@ -250,6 +292,7 @@ def compare_command(
     steps: Annotated[list[int] | None, typer.Option(help="Sampling steps; default 50. Repeatable.")] = None,
     guidance: Annotated[list[float] | None, typer.Option(help="Guidance scale; default 1.5. Repeatable.")] = None,
     samples: Annotated[int, typer.Option(help="Clips to generate at each setting.", min=2)] = 512,
+    sampler: Annotated[str | None, typer.Option(help="Sampler; default the first that a run's network fits.")] = None,
     batch_size: Annotated[int, typer.Option(help="Clips generated together.", min=1)] = 64,
     out: Annotated[Path | None, typer.Option(help="File for the figures, JSON.")] = None,
     device: DeviceOption = "auto",
@@ -270,6 +313,7 @@ def compare_command(
         averages=ema or [None],
         num_inference_steps=steps or [50],
         guidance_scales=guidance or [1.5],
+        sampler=sampler,
         networks=load_networks(squeezenet=squeezenet, device=place),
         device=place,
         settings=EvaluationConfig(

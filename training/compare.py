@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from medsora.checkpoint import LoadedCheckpoint
-from medsora.config import SAMPLERS_OF
+from medsora.config import SHORTCUT
 from medsora.manifest import FORMAT_VERSION, Limits, Manifest
 from medsora.models.autoencoder import VideoAutoencoder
 from medsora.models.denoiser import Denoiser
@@ -27,7 +27,7 @@ from training.evaluation.frechet import distance
 from training.evaluation.memorisation import TrainingIndex
 from training.evaluation.networks import DistanceMetric, EvaluationNetworks
 from training.evaluation.sets import ClipGroup, collect_sets
-from training.export import describe_labels
+from training.export import describe_labels, shortcut_limits
 from training.metrics import motion_statistics
 from training.runs import RunResult, load_autoencoder, load_result, load_split
 
@@ -67,6 +67,7 @@ def compare_runs(
     averages: Sequence[str | None] = (None,),
     num_inference_steps: Sequence[int] = (50,),
     guidance_scales: Sequence[float] = (1.5,),
+    sampler: str | None = None,
     networks: EvaluationNetworks,
     device: torch.device,
     settings: EvaluationConfig | None = None,
@@ -77,6 +78,8 @@ def compare_runs(
     Args:
         runs: Folders of denoiser runs on latents of the same autoencoder and on the same data.
         averages: Of the weights of each run; None is a run's first.
+        sampler: Default the first that can use a run's network. ``shortcut`` has its guidance built in: then
+            ``guidance_scales`` do not count.
         settings: How many samples; steps, guidance and sampler in it are not used.
 
     Returns:
@@ -109,9 +112,13 @@ def compare_runs(
             raise TrainingError(f"{run} was trained on other data than {runs[0]}")
         assert index is not None  # made with the data
         pipeline = _pipeline(made, coder, splits["train"], device, settings.dtype)
-        sampler = pipeline.manifest.limits.samplers[0]
-        for steps, scale in product(num_inference_steps, guidance_scales):
-            asked = replace(settings, num_inference_steps=steps, guidance_scale=scale, sampler=sampler)
+        limits = pipeline.manifest.limits
+        chosen = sampler or limits.samplers[0]
+        if chosen not in limits.samplers:
+            raise TrainingError(f"{run} can be sampled by {', '.join(limits.samplers)}, not by {chosen}")
+        scales = [limits.shortcut_guidance] if chosen == SHORTCUT else guidance_scales
+        for steps, scale in product(num_inference_steps, scales):
+            asked = replace(settings, num_inference_steps=steps, guidance_scale=scale, sampler=chosen)
             sets, _ = collect_sets(pipeline, splits, asked, lambda _: None)
             if not real:
                 real = {m.name: {key: m.extract(sets[key].clips) for key in ("train", "test")} for m in metrics}
@@ -120,7 +127,7 @@ def compare_runs(
             line = Compared(
                 run=run.name,
                 average=made.average,
-                sampler=sampler,
+                sampler=chosen,
                 num_inference_steps=steps,
                 guidance_scale=scale,
                 to_test=_distances(found, real, "test", metrics),
@@ -192,7 +199,8 @@ def _pipeline(
             fps=data.target_fps,
             num_inference_steps=(1, 1, MOST_STEPS),
             guidance_scale=(1.0, 1.0, MOST_GUIDANCE),
-            samplers=SAMPLERS_OF[model.denoiser.prediction],
+            samplers=model.denoiser.samplers,
+            **shortcut_limits(made.config),
         ),
     )
     # not compiled: that takes as long as sampling some hundred clips

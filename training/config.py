@@ -19,6 +19,7 @@ __all__ = [
     "AutoencoderLossConfig",
     "DataConfig",
     "DenoiserLossConfig",
+    "DistillationConfig",
     "LoopConfig",
     "OptimizerConfig",
     "TrainConfig",
@@ -279,6 +280,52 @@ class AlignmentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """How a denoiser that is trained already learns to take few long steps.
+
+    The teacher samples clips in many short steps, with guidance; where it was on its way is kept at even times, and the
+    network learns the mean velocity between any two of them that one of its own steps joins.
+    """
+
+    steps: tuple[int, ...] = (4, 1, 2, 8)
+    """Numbers of steps that it learns to sample in; the first is the default, and trained as often as all others."""
+    guidance_scale: float = 1.5
+    """Of the teacher; it is built in from then on."""
+    teacher_steps: int = 32
+    """Euler steps of the teacher, a multiple of all of ``steps``."""
+    trajectories: int = 16_384
+    """Clips that the teacher samples. Of 16x4x16x16 latents each takes 0.3 MB, on the training device."""
+    held_out: int = 256
+    """Of those, the last ones are kept for the evaluation."""
+    batch_size: int = 192
+    """Clips a step that learn from the teacher, beside ``loop.batch_size`` that learn from data: so it can be sampled
+    in many steps too."""
+    weight: float = 1.0
+    """Of their loss."""
+
+    def __post_init__(self) -> None:
+        _require(
+            len(self.steps) > 0 and all(count >= 1 for count in self.steps) and len(set(self.steps)) == len(self.steps),
+            f"distillation.steps must be different numbers from 1 on, got {self.steps}",
+        )
+        _require(
+            all(self.teacher_steps % count == 0 for count in self.steps) and self.teacher_steps >= 1,
+            f"distillation.teacher_steps must be a multiple of all of {self.steps}, got {self.teacher_steps}",
+        )
+        _require(
+            all(max(self.steps) % count == 0 for count in self.steps),
+            f"distillation.steps must all divide the most of them, got {self.steps}",
+        )
+        _require(self.guidance_scale >= 1, f"distillation.guidance_scale must be at least 1, got {self.guidance_scale}")
+        _require(
+            1 <= self.held_out < self.trajectories,
+            f"distillation.held_out must be from 1 to below trajectories ({self.trajectories}), got {self.held_out}",
+        )
+        _require(self.batch_size >= 1, f"distillation.batch_size must be at least 1, got {self.batch_size}")
+        _require(self.weight > 0, f"distillation.weight must be above 0, got {self.weight}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One run: trains one part of a model."""
 
@@ -293,6 +340,8 @@ class TrainConfig:
     autoencoder_loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
     denoiser_loss: DenoiserLossConfig = field(default_factory=DenoiserLossConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    distillation: DistillationConfig | None = None
+    """Of a denoiser that has step sizes."""
 
     def __post_init__(self) -> None:
         _require(self.part in PARTS, f"part must be one of {PARTS}, got {self.part!r}")
@@ -312,6 +361,11 @@ class TrainConfig:
             denoiser.prediction == "velocity" or self.denoiser_loss.clean_prefixes == 0,
             "denoiser_loss.clean_prefixes is for model.denoiser.prediction=velocity: where noise is predicted no time "
             f"is without any; got {self.denoiser_loss.clean_prefixes}",
+        )
+        _require(
+            self.part != "denoiser" or (self.distillation is not None) == denoiser.has_step_sizes,
+            "distillation is what model.denoiser.has_step_sizes is trained with; "
+            f"got {self.distillation} and {denoiser.has_step_sizes}",
         )
         _require(
             self.alignment.kind != "raft" or self.alignment.block < denoiser.depth,

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from medsora.checkpoint import load_checkpoint, save_checkpoint
-from medsora.config import SAMPLERS_OF, ModelConfig
+from medsora.config import SHORTCUT, DenoiserConfig, ModelConfig
 from medsora.geometry import CHUNK_FRAMES
 from medsora.manifest import FORMAT_VERSION, Label, Limits, Manifest, normalise_label
-from training.config import DataConfig
+from training.config import DataConfig, TrainConfig
 from training.errors import TrainingError
 from training.runs import RunResult, load_result
 
-__all__ = ["Sampling", "describe_labels", "export_checkpoint", "training_data_entries"]
+__all__ = ["Sampling", "describe_labels", "export_checkpoint", "shortcut_limits", "training_data_entries"]
 
 INTENDED_USE = (
     "Research on synthetic medical video only. Not for diagnosis, not for training of clinicians, and without "
@@ -48,18 +48,20 @@ class Sampling:
     """Frames of the longest clip, where the denoiser was trained with clean prefixes: windows add up without end, but
     nobody has looked at what becomes of a longer one."""
     sampler: str | None = None
-    """The default one; None is the first of those that can use what the network predicts. All of those are allowed."""
+    """The default one; None is ``shortcut`` where the network has step sizes, else the first of those that can use it.
+    All of those are allowed."""
 
-    def samplers_for(self, prediction: str) -> tuple[str, ...]:
+    def samplers_for(self, network: DenoiserConfig) -> tuple[str, ...]:
         """The samplers that the manifest allows, the default one first.
 
         Raises:
-            TrainingError: The sampler that was asked for cannot use this prediction.
+            TrainingError: The sampler that was asked for cannot use this network.
         """
-        able = SAMPLERS_OF[prediction]
-        chosen = able[0] if self.sampler is None else self.sampler
+        able = network.samplers
+        chosen = (SHORTCUT if network.has_step_sizes else able[0]) if self.sampler is None else self.sampler
         if chosen not in able:
-            raise TrainingError(f"a network that predicts {prediction} is sampled by {' or '.join(able)}, not {chosen}")
+            kind = f"predicts {network.prediction}" + (" and has step sizes" if network.has_step_sizes else "")
+            raise TrainingError(f"a network that {kind} is sampled by {' or '.join(able)}, not {chosen}")
         return (chosen, *(name for name in able if name != chosen))
 
 
@@ -108,6 +110,14 @@ def _plain_labels(conditions: list[dict[str, str]]) -> tuple[Label, ...]:
         described = ", ".join(f"{key}: {value}" for key, value in condition.items())
         named[normalise_label(name)] = Label(name=name, description=described, condition=condition)
     return tuple(named.values())
+
+
+def shortcut_limits(config: TrainConfig) -> dict[str, Any]:
+    """What a manifest says of the sampler ``shortcut``: nothing, where the run was no distillation."""
+    settings = config.distillation
+    if settings is None:
+        return {}
+    return {"shortcut_steps": settings.steps, "shortcut_guidance": settings.guidance_scale}
 
 
 def training_data_entries(clips: list[dict[str, Any]]) -> tuple[dict[str, str], ...]:
@@ -171,6 +181,7 @@ def export_checkpoint(
         training,
         sampling or Sampling(),
         metrics or {},
+        shortcut=shortcut_limits(denoiser.config),
         clean_prefixes=denoiser.config.denoiser_loss.clean_prefixes > 0 and data.num_frames >= 2 * CHUNK_FRAMES,
     )
     scratch = directory.with_name(f".{directory.name}.new")
@@ -227,6 +238,7 @@ def _manifest(
     sampling: Sampling,
     metrics: dict[str, Any],
     *,
+    shortcut: dict[str, Any],
     clean_prefixes: bool,
 ) -> Manifest:
     conditions: list[dict[str, str]] = []
@@ -257,7 +269,8 @@ def _manifest(
             fps=data.target_fps,
             num_inference_steps=_steps_for(config.denoiser.prediction, sampling.num_inference_steps),
             guidance_scale=sampling.guidance_scale,
-            samplers=sampling.samplers_for(config.denoiser.prediction),
+            samplers=sampling.samplers_for(config.denoiser),
+            **shortcut,
             clean_prefixes=clean_prefixes,
             max_frames=max(sampling.max_frames, data.num_frames) if clean_prefixes else None,
         ),

@@ -8,7 +8,7 @@ average, and ``result.json``.
 import json
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,16 +26,19 @@ from medsora.models.denoiser import Denoiser
 from training.alignment import AlignmentFiles, make_alignment
 from training.config import DataConfig, TrainConfig, config_hash
 from training.data.cached_latents import cached_latents
-from training.data.clips import ClipSet, load_clips
+from training.data.clips import ClipSet, load_clips, sampling_weights
 from training.data.latents import LatentSet, latent_statistics, load_or_encode
 from training.data.manifest import read_clip_table, select_clips
 from training.data.prepared import load_prepared
+from training.data.tensor_file import keep_tensors, kept_tensors
+from training.distillation_task import DistillationTask
 from training.distributed import Processes
 from training.errors import TrainingError
 from training.perceptual import FrameDistance
 from training.prepare.cache import is_cache, open_cache
 from training.tasks import AutoencoderTask, DenoiserTask
 from training.trainer import TrainResult, step_seed, train
+from training.trajectories import Trajectories, record_trajectories
 
 __all__ = [
     "RunResult",
@@ -146,6 +149,8 @@ def train_denoiser(
     table: Path,
     autoencoder: Path,
     autoencoder_average: str | None = None,
+    teacher: Path | None = None,
+    teacher_average: str | None = None,
     alignment_files: AlignmentFiles | None = None,
     device: torch.device,
     processes: Processes | None = None,
@@ -160,9 +165,14 @@ def train_denoiser(
     Args:
         autoencoder: Folder of a finished autoencoder run, or a checkpoint directory.
         autoencoder_average: Which of the run's averages; default the first.
+        teacher: Folder of the run that a distillation learns from, and starts from; needed by that alone.
+        teacher_average: Which of its averages; default the first.
         alignment_files: Frozen networks, as ``alignment.kind`` needs them.
     """
     _require_part(config, "denoiser")
+    if (config.distillation is None) != (teacher is None):
+        has, wants = ("a teacher", "none") if teacher is not None else ("no teacher", "one")
+        raise TrainingError(f"{config.recipe} is given {has}, and has use for {wants}")
     processes = processes or Processes(device)
     coder, digest = load_autoencoder(autoencoder, average=autoencoder_average)
     if coder.config != config.model.autoencoder:
@@ -199,6 +209,9 @@ def train_denoiser(
     report(f"latents: {len(latents['train'])} train, {len(latents['test'])} test, {shape}")
     torch.manual_seed(step_seed(config.loop.seed, -1))
     model = Denoiser(config.model.denoiser).to(device)
+    if teacher is not None:
+        learned = _load_teacher(teacher, teacher_average, config, autoencoder_sha256=digest)
+        initial = model.state_dict() | (initial or learned.weights)
     _start_from(model, initial)
     with processes.first_goes_ahead():
         alignment = make_alignment(
@@ -213,15 +226,78 @@ def train_denoiser(
     if alignment is not None:
         pairs, shape = len(alignment.targets.features), tuple(alignment.targets.features.shape[1:])
         report(f"alignment: features {shape} of {pairs} pairs of frames")
-    task = DenoiserTask(
-        config, model, latents["train"], latents["test"], clips=splits["train"], autoencoder=coder, alignment=alignment
-    )
+    data = (latents["train"], latents["test"])
+    task: DenoiserTask
+    extra = {"autoencoder_sha256": digest}
+    if teacher is None:
+        task = DenoiserTask(config, model, *data, clips=splits["train"], autoencoder=coder, alignment=alignment)
+    else:
+        with processes.first_goes_ahead():
+            trajectories = _trajectories(config, learned, latents["train"], directory, device, report)
+        extra["teacher_sha256"] = learned.about["sha256"]
+        task = DistillationTask(
+            config, model, *data, trajectories=trajectories, clips=splits["train"], autoencoder=coder
+        )
     result = train(
         task, config, directory, device=device, processes=processes, is_resuming=is_resuming,
         time_budget_s=time_budget_s, started=started, report=report,
     )  # fmt: skip
-    _save_result(directory, config, result, splits["train"], device, {"autoencoder_sha256": digest})
+    _save_result(directory, config, result, splits["train"], device, extra)
     return result
+
+
+def _load_teacher(path: Path, average: str | None, config: TrainConfig, *, autoencoder_sha256: str) -> RunResult:
+    """The run that a distillation learns from."""
+    made = load_result(path, part="denoiser", average=average)
+    if made.about.get("autoencoder_sha256") != autoencoder_sha256:
+        raise TrainingError(f"the teacher in {path} was trained on the latents of another autoencoder")
+    wanted = replace(config.model.denoiser, has_step_sizes=False)
+    if made.config.model.denoiser != wanted:
+        raise TrainingError(
+            f"the teacher in {path} has another shape than the recipe's: {made.config.model.denoiser} against {wanted}"
+        )
+    return made
+
+
+def _trajectories(
+    config: TrainConfig,
+    teacher: RunResult,
+    data: LatentSet,
+    directory: Path,
+    device: torch.device,
+    report: Report,
+) -> Trajectories:
+    """The teacher's trajectories, from the run's folder or sampled now and kept there."""
+    settings = config.distillation
+    assert settings is not None  # the caller has a teacher
+    path = directory / "trajectories.safetensors"
+    key = config_hash({
+        "teacher": teacher.about["sha256"], "autoencoder": teacher.about["autoencoder_sha256"],
+        "seed": config.loop.seed, "distillation": to_json(settings), "data": to_json(config.data),
+        "precision": config.loop.precision, "clean_prefixes": config.denoiser_loss.clean_prefixes,
+        "clips": teacher.about["clips"],
+    })  # fmt: skip
+    kept = kept_tensors(path, key=key, device=device)
+    if kept is not None:
+        return Trajectories(states=kept["states"], conditions=kept["conditions"], is_known=kept["is_known"])
+    network = Denoiser(teacher.config.model.denoiser)
+    _start_from(network, teacher.weights)
+    network = network.to(device).eval().requires_grad_(False)
+    if config.loop.compile:
+        network.make_tables((data.latents.shape[2], data.latents.shape[3], data.latents.shape[4]), device)
+        network.compile_parts()
+    made = record_trajectories(
+        network,
+        data,
+        sampling_weights(data.conditions, config.data.sampling_exponent),
+        settings,
+        clean_prefixes=config.denoiser_loss.clean_prefixes,
+        generator=torch.Generator(device).manual_seed(step_seed(config.loop.seed, -2)),
+        precision=torch.bfloat16 if config.loop.precision == "bf16" else None,
+        report=report,
+    )
+    keep_tensors(path, {"states": made.states, "conditions": made.conditions, "is_known": made.is_known}, key=key)
+    return made
 
 
 def load_autoencoder(path: Path, *, average: str | None = None) -> tuple[VideoAutoencoder, str]:

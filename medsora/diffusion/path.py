@@ -48,19 +48,20 @@ def to_noise(
     return x + (1 - _over_latents(t)) * velocity
 
 
-def held(
-    predict: Callable[[Tensor, Any], Tensor], is_known: Bool[Tensor, "b f"]
-) -> Callable[[Tensor, Any], Float[Tensor, "b c f h w"]]:
-    """``(x, t) -> velocity`` for clips with frames that are known: those are seen at t = 0, and do not move.
+def held(predict: Callable[..., Tensor], is_known: Bool[Tensor, "b f"]) -> Callable[..., Float[Tensor, "b c f h w"]]:
+    """``(x, t) -> velocity``, or ``(x, t, step)``, for clips with frames that are known: those are at t = 0, and stay.
 
     Args:
         predict: The same, of ``t`` for each frame (b f).
         is_known: In ``x`` these frames must hold the data, from the start; samplers leave them as they are.
     """
 
-    def velocity(x: Tensor, t: Any) -> Tensor:
-        times = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(is_known.shape)
-        predicted = predict(x, times.masked_fill(is_known, 0.0))
+    def of_frames(value: Any, like: Tensor) -> Tensor:
+        values = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+        return values.expand(is_known.shape).masked_fill(is_known, 0.0)
+
+    def velocity(x: Tensor, t: Any, *step: Any) -> Tensor:
+        predicted = predict(x, *(of_frames(value, x) for value in (t, *step)))
         return predicted.masked_fill(_over_latents(is_known), 0.0)
 
     return velocity

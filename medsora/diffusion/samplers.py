@@ -1,11 +1,11 @@
 """Samplers as plans: which steps lead from noise to data, and what each of them computes. They keep no state.
 
 A step is a pure function ``(predict, x, *values) -> x`` and its values, plain numbers that are known before sampling
-starts. ``predict(x, t)`` is the network. On a GPU the values come as 0-d tensors, so that one recorded graph serves
-every step of its kind; elsewhere as floats.
+starts. ``predict(x, t)`` is the network, ``predict(x, t, step)`` one that is told how far the step goes. On a GPU the
+values come as 0-d tensors, so that one recorded graph serves every step of its kind; elsewhere as floats.
 
-Velocity (rectified flow, :mod:`medsora.diffusion.path`): ``euler``, ``heun``. Noise with learned variance (DDPM,
-:mod:`medsora.diffusion.ddpm`): ``ddim``, ``ddpm``.
+Velocity (rectified flow, :mod:`medsora.diffusion.path`): ``euler``, ``heun``, and ``shortcut`` of a network that was
+trained for few long steps. Noise with learned variance (DDPM, :mod:`medsora.diffusion.ddpm`): ``ddim``, ``ddpm``.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,15 +16,16 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from medsora.config import SHORTCUT
 from medsora.diffusion.ddpm import ddim_step, ddim_values, ddpm_step, ddpm_values
 from medsora.diffusion.schedule import timesteps
 
-__all__ = ["SAMPLERS", "Sampler", "Step", "euler_steps", "heun_steps", "sample"]
+__all__ = ["SAMPLERS", "Sampler", "Step", "euler_steps", "heun_steps", "sample", "shortcut_steps"]
 
 Latents = Float[Tensor, "b c f h w"]
 Time = Any
 """A float, or a 0-d tensor on the device."""
-PredictFn = Callable[[Tensor, Time], Tensor]
+PredictFn = Callable[..., Tensor]
 OnStep = Callable[[int, int], None]
 
 
@@ -52,6 +53,15 @@ def heun_step(predict: PredictFn, x: Latents, t: Time, t_next: Time, change: Tim
     return after
 
 
+def shortcut_step(predict: PredictFn, x: Latents, t: Time, change: Time) -> Latents:
+    """Along the mean velocity over the whole step, which the network is asked for.
+
+    Source: Frans et al., arXiv 2410.12557, equation 3.
+    """
+    after: Tensor = x + change * predict(x, t, -change)
+    return after
+
+
 def euler_steps(times: Float[Tensor, " n"]) -> list[Step]:
     """One evaluation of the velocity a step, over a schedule that falls from 1 to 0."""
     return [Step(euler_step, (t, t_next - t)) for t, t_next in pairwise(times.tolist())]
@@ -67,6 +77,11 @@ def heun_steps(times: Float[Tensor, " n"]) -> list[Step]:
         Step(heun_step, (t, t_next, t_next - t)) if t_next > 0 else Step(euler_step, (t, t_next - t))
         for t, t_next in pairwise(times.tolist())
     ]
+
+
+def shortcut_steps(num_steps: int) -> list[Step]:
+    """One evaluation a step, all of one size."""
+    return [Step(shortcut_step, (t, t_next - t)) for t, t_next in pairwise(timesteps(num_steps).tolist())]
 
 
 def ddim_steps(num_steps: int) -> list[Step]:
@@ -89,6 +104,8 @@ class Sampler:
     """The plan for a number of steps."""
     steps_from: Callable[[int, float], Sequence[Step]] | None = None
     """The plan for a number of steps that begins at another time than 1; None where there is none."""
+    has_built_in_guidance: bool = False
+    """Whether the network gives guided answers by itself: then they are not guided again."""
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -102,6 +119,7 @@ SAMPLERS: dict[str, Sampler] = {
         lambda num_steps: heun_steps(timesteps(num_steps)),
         lambda num_steps, start: heun_steps(start * timesteps(num_steps)),
     ),
+    SHORTCUT: Sampler("velocity", shortcut_steps, has_built_in_guidance=True),
     "ddim": Sampler("noise", ddim_steps),
     "ddpm": Sampler("noise", ddpm_steps),
 }

@@ -109,6 +109,10 @@ class Denoiser(nn.Module):
         grid = config.position_grid
         self.register_buffer("positions", None if grid is None else grid_positions(torch.empty(1, 1, *grid, size)))
         self.time_in, self.time_out = nn.Linear(TIME_FEATURES, size), nn.Linear(size, size)
+        self.step_in: nn.Linear | None = None
+        self.step_out: nn.Linear | None = None
+        if config.has_step_sizes:
+            self.step_in, self.step_out = nn.Linear(TIME_FEATURES, size), nn.Linear(size, size)
         self.conditions = nn.ModuleList(nn.Embedding(classes + 1, size) for classes in config.condition_sizes)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
         self.norm_out = nn.LayerNorm(size, eps=1e-6, elementwise_affine=False)
@@ -137,6 +141,8 @@ class Denoiser(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.normal_(self.time_in.weight, std=0.02)
         nn.init.normal_(self.time_out.weight, std=0.02)
+        if self.step_out is not None:
+            nn.init.zeros_(self.step_out.weight)  # at first all steps are short ones
         # adaLN-Zero: at first every block is the identity and the velocity is zero
         for module in self.modules():
             if isinstance(module, Modulation):
@@ -148,6 +154,7 @@ class Denoiser(nn.Module):
         latents: Float[Tensor, "b c f h w"],
         t: Float[Tensor, "b f"],
         condition: Int[Tensor, "b k"],
+        step: Float[Tensor, "b f"] | None = None,
     ) -> Float[Tensor, "b o f h w"]:
         """Predict the velocity (noise - data) of every latent frame, or its noise and then the noise's variance.
 
@@ -156,13 +163,16 @@ class Denoiser(nn.Module):
             t: Diffusion time of each frame, 0 (clean) to 1 (noise). Of a network that predicts noise, the trained
                 step over 1000; one between two steps counts as the nearest.
             condition: Class of each condition; ``config.null_condition`` asks for none.
+            step: Of a network that has step sizes: how far the sampler goes from ``t`` towards 0 at once, above 0. The
+                answer is then the mean velocity over that way, with the guidance that it was trained with. None asks
+                for the velocity at ``t``.
         """
-        x, embedding = self._embed(latents, t, condition)
+        x, embedding = self._embed(latents, t, condition, step)
         for block in self.blocks:
             x = block(x, embedding, self.backend)
         return self._head(x, embedding)
 
-    def _embed(self, latents: Tensor, t: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+    def _embed(self, latents: Tensor, t: Tensor, condition: Tensor, step: Tensor | None) -> tuple[Tensor, Tensor]:
         """Tokens of all patches (b f h w d), and what modulates each frame (b f d)."""
         patch = self.config.patch_size
         x: Tensor = self.patch_in(rearrange(latents, "b c f (h p) (w q) -> b f h w (c p q)", p=patch, q=patch))
@@ -173,6 +183,11 @@ class Denoiser(nn.Module):
             time = time.round()
         features = sinusoids(time, TIME_FEATURES).to(x.dtype)
         embedding: Tensor = self.time_out(F.silu(self.time_in(features)))
+        if step is not None:
+            assert self.step_in is not None, "the network has no step sizes"
+            assert self.step_out is not None
+            features = sinusoids(step * TIME_SCALE, TIME_FEATURES).to(x.dtype)
+            embedding = embedding + self.step_out(F.silu(self.step_in(features)))
         for index, table in enumerate(self.conditions):
             embedding = embedding + table(condition[:, index])[:, None]
         return x, embedding

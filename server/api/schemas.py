@@ -297,6 +297,13 @@ class ModelLabel(BaseModel):
     synonyms: list[str]
 
 
+class ModelShortcut(BaseModel):
+    """What the sampler ``shortcut`` can do: few steps, which it was trained for."""
+
+    num_inference_steps: list[int] = Field(description="These alone, the default first.")
+    guidance_scale: float = Field(description="Built in; the only one that can be asked for with it.")
+
+
 class ModelLimits(BaseModel):
     """What a model can do. Of each list the first is the default."""
 
@@ -304,9 +311,10 @@ class ModelLimits(BaseModel):
     seconds: list[str]
     num_frames: list[int]
     fps: float
-    num_inference_steps: WholeRange
-    guidance_scale: Range
+    num_inference_steps: WholeRange = Field(description="Of all samplers but shortcut.")
+    guidance_scale: Range = Field(description="Of all samplers but shortcut.")
     samplers: list[str]
+    shortcut: ModelShortcut | None = Field(description="Null where there is no such sampler.")
 
 
 class ModelObject(BaseModel):
@@ -352,6 +360,13 @@ class ModelObject(BaseModel):
                 num_inference_steps=WholeRange(minimum=steps[0], default=steps[1], maximum=steps[2]),
                 guidance_scale=Range(minimum=guidance[0], default=guidance[1], maximum=guidance[2]),
                 samplers=list(limits.samplers),
+                shortcut=(
+                    ModelShortcut(
+                        num_inference_steps=list(limits.shortcut_steps), guidance_scale=limits.shortcut_guidance
+                    )
+                    if limits.shortcut_steps
+                    else None
+                ),
             ),
         )
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from celery.exceptions import SoftTimeLimitExceeded
 from sqlalchemy.exc import SQLAlchemyError
 
+from medsora.config import SHORTCUT
 from medsora.errors import BackendError, CheckpointError, MedsoraError
 from medsora.manifest import Manifest
 from medsora.request import GenerationRequest, resolve_request
@@ -245,13 +246,16 @@ def _requests_to_warm_up(manifest: Manifest, *, all_shapes: bool) -> list[Genera
         return [request]
     limits = manifest.limits
     low, _, high = limits.guidance_scale
+    settings = [
+        (sampler, scale)
+        for sampler in limits.samplers
+        # without guidance, where that is allowed, and with it, at any scale; or that which is built in
+        for scale in ([limits.shortcut_guidance] if sampler == SHORTCUT else sorted({low, high}))
+    ]
     return [
         replace(request, width=width, height=height, num_frames=num_frames, guidance_scale=scale, sampler=sampler)
-        for (width, height), num_frames, scale, sampler in itertools.product(
-            limits.sizes,
-            limits.num_frames,
-            sorted({low, high}),  # without guidance, where that is allowed, and with it, at any scale
-            limits.samplers,
+        for (width, height), num_frames, (sampler, scale) in itertools.product(
+            limits.sizes, limits.num_frames, settings
         )
     ]
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from medsora.config import SAMPLERS_OF
 from medsora.diffusion.samplers import SAMPLERS
 from medsora.errors import GenerationCanceled
 from medsora.manifest import Label
@@ -43,7 +42,10 @@ def pipeline_of(prediction: str, *, dtype: str, compiled: str, device: str = "cu
     def preset(name: str, conditions: dict[str, tuple[str, ...]]) -> object:
         config = original(name, conditions)
         channels = config.denoiser.in_channels * (2 if prediction == "noise" else 1)
-        return replace(config, denoiser=replace(config.denoiser, prediction=prediction, out_channels=channels))
+        denoiser = replace(
+            config.denoiser, prediction=prediction, out_channels=channels, has_step_sizes=prediction == "velocity"
+        )
+        return replace(config, denoiser=denoiser)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "preset", preset)
@@ -84,7 +86,7 @@ def latents(pipeline: VideoPipeline, requests: list[GenerationRequest]) -> torch
 
 def compare_samplers(graphed: VideoPipeline, plain: VideoPipeline, dtype: str) -> None:
     assert (graphed.is_compiled, plain.is_compiled) == (True, False)
-    for sampler in SAMPLERS_OF[plain.config.denoiser.prediction]:
+    for sampler in plain.config.denoiser.samplers:
         for guidance_scale, clips in CLIPS.items():
             for label in ("first", "second"):  # the second goes by what was recorded for the first
                 requests = ask(sampler, range(clips), label=label, guidance_scale=guidance_scale)

@@ -17,7 +17,7 @@ from torch import Tensor
 from medsora import graphs
 from medsora import pipeline as pipeline_module
 from medsora.checkpoint import load_checkpoint, save_checkpoint, write_tiny_checkpoint
-from medsora.config import SAMPLERS_OF
+from medsora.config import SAMPLERS_OF, SHORTCUT
 from medsora.diffusion.ddpm import alpha_bars, ddpm_step, ddpm_values
 from medsora.diffusion.path import velocity_target
 from medsora.diffusion.samplers import SAMPLERS, Sampler, Step
@@ -39,12 +39,25 @@ def pipeline(checkpoint: Path) -> VideoPipeline:
     return VideoPipeline.from_checkpoint(checkpoint)
 
 
-def write_variant(directory: Path, tiny: Path, *, prediction: str, is_conditional: bool) -> Path:
-    """The tiny checkpoint with another denoiser: of noise, or unconditional."""
+def write_variant(
+    directory: Path, tiny: Path, *, prediction: str, is_conditional: bool, shortcut_steps: tuple[int, ...] = ()
+) -> Path:
+    """The tiny checkpoint with another denoiser: of noise, unconditional, or with step sizes."""
     loaded = load_checkpoint(tiny)
     channels = loaded.config.denoiser.in_channels * (2 if prediction == "noise" else 1)
-    denoiser = replace(loaded.config.denoiser, prediction=prediction, out_channels=channels)
-    limits = replace(loaded.manifest.limits, samplers=SAMPLERS_OF[prediction], num_inference_steps=(2, 4, 1000))
+    denoiser = replace(
+        loaded.config.denoiser,
+        prediction=prediction,
+        out_channels=channels,
+        has_step_sizes=bool(shortcut_steps),
+    )
+    limits = replace(
+        loaded.manifest.limits,
+        samplers=(*denoiser.samplers[2:], *denoiser.samplers[:2]),
+        num_inference_steps=(2, 4, 1000),
+        shortcut_steps=shortcut_steps,
+        shortcut_guidance=2.5,
+    )
     config = replace(loaded.config, denoiser=denoiser)
     manifest = replace(loaded.manifest, limits=limits)
     if not is_conditional:
@@ -65,6 +78,15 @@ def write_variant(directory: Path, tiny: Path, *, prediction: str, is_conditiona
 @pytest.fixture(scope="module")
 def noise_checkpoint(checkpoint: Path) -> Path:
     return write_variant(checkpoint.parent / "noise", checkpoint, prediction="noise", is_conditional=True)
+
+
+@pytest.fixture(scope="module")
+def shortcut_checkpoint(checkpoint: Path) -> Path:
+    """Its sampler takes 4, 1, 2, 3 or 5 steps, with a guidance of 2.5."""
+    return write_variant(
+        checkpoint.parent / "shortcut", checkpoint, prediction="velocity", is_conditional=True,
+        shortcut_steps=(4, 1, 2, 3, 5),
+    )  # fmt: skip
 
 
 def ask(pipeline: VideoPipeline, seed: int, label: str = "covid-convex", **values: object) -> GenerationRequest:
@@ -165,7 +187,7 @@ def test_a_clip_that_is_not_finite_is_an_error_and_the_next_one_is_well(
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", [sampler for samplers in SAMPLERS_OF.values() for sampler in samplers])
 def test_a_network_that_knows_the_data_gives_it_back(
     checkpoint: Path,
     noise_checkpoint: Path,
@@ -196,7 +218,52 @@ def test_a_network_that_knows_the_data_gives_it_back(
 
 def test_samplers_are_those_that_checkpoints_may_name() -> None:
     named = {name: prediction for prediction, names in SAMPLERS_OF.items() for name in names}
-    assert {name: sampler.prediction for name, sampler in SAMPLERS.items()} == named
+    assert {name: sampler.prediction for name, sampler in SAMPLERS.items()} == named | {SHORTCUT: "velocity"}
+
+
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_shortcut_is_told_how_far_it_goes_and_is_not_guided_again(
+    shortcut_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, num_steps: int
+) -> None:
+    pipeline = VideoPipeline.from_checkpoint(shortcut_checkpoint, dtype="float64")
+    asked: list[tuple[list[float], list[float]]] = []
+    data = torch.randn(1, 4, 4, 4, 4, dtype=torch.float64)
+    started = initial_noise(1, (4, 4, 4, 4)).double()
+
+    def oracle(x: Tensor, times: Tensor, condition: Tensor, step: Tensor) -> Tensor:
+        assert len(x) == 1
+        asked.append((times[0].tolist(), step[0].tolist()))
+        return velocity_target(data, started[None])
+
+    monkeypatch.setattr(pipeline.denoiser, "forward", oracle)
+    request = ask(pipeline, 1, num_inference_steps=num_steps)
+    assert (request.sampler, request.guidance_scale) == (SHORTCUT, 2.5)
+    assert torch.allclose(pipeline.sample_latents([request]), data, atol=1e-6)
+    assert asked == [([1 - place / num_steps] * 4, [1 / num_steps] * 4) for place in range(num_steps)]
+
+
+def test_a_network_with_step_sizes_makes_clips_of_either_kind(shortcut_checkpoint: Path) -> None:
+    pipeline = VideoPipeline.from_checkpoint(shortcut_checkpoint)
+    few, one, many = (ask(pipeline, 1), ask(pipeline, 1, num_inference_steps=1), ask(pipeline, 1, sampler="euler"))
+    clips = [pipeline([request])[0] for request in (few, one, many)]
+    assert not any(np.array_equal(clips[a], clips[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shortcut_steps": ()}, "shortcut_steps go with the sampler"),
+        ({"samplers": ("euler",)}, "shortcut_steps go with the sampler"),
+        ({"shortcut_steps": (4, 0)}, "must be 1 or more"),
+        ({"shortcut_guidance": 0.5}, "must be 1 or more"),
+    ],
+)
+def test_limits_of_shortcut_that_contradict_themselves_are_refused(
+    shortcut_checkpoint: Path, changes: dict[str, Any], message: str
+) -> None:
+    manifest = load_checkpoint(shortcut_checkpoint).manifest
+    with pytest.raises(ValueError, match=message):
+        replace(manifest, limits=replace(manifest.limits, **changes))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
@@ -388,7 +455,7 @@ class Event:
 
 @pytest.fixture
 def compiled(
-    checkpoint: Path, noise_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, noise_checkpoint: Path, shortcut_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[VideoPipeline, VideoPipeline]]:
     """Makes two pipelines: one that goes by graphs as on a GPU, but for the GPU, and one that does not."""
     monkeypatch.setattr(graphs, "GraphedFunction", Recorded)
@@ -399,12 +466,13 @@ def compiled(
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
 
     def make(
-        prediction: str = "velocity",
+        sampler: str = "euler",
         batch_sizes: tuple[int, ...] = (2, 4),
         source: Path | None = None,
         **options: str,
     ) -> tuple[VideoPipeline, VideoPipeline]:
-        source = noise_checkpoint if prediction == "noise" else source or checkpoint
+        able = {SHORTCUT: shortcut_checkpoint, **dict.fromkeys(SAMPLERS_OF["noise"], noise_checkpoint)}
+        source = source or able.get(sampler, checkpoint)
         by_graphs, plain = (VideoPipeline.from_checkpoint(source, batch_sizes=batch_sizes, **options) for _ in range(2))
         by_graphs._compile()
         assert (by_graphs.is_compiled, plain.is_compiled) == (True, False)
@@ -418,11 +486,13 @@ Compiled = Callable[..., tuple[VideoPipeline, VideoPipeline]]
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_graphs_sample_what_steps_one_by_one_do(compiled: Compiled, sampler: str) -> None:
-    by_graphs, plain = compiled(SAMPLERS[sampler].prediction)
+    by_graphs, plain = compiled(sampler)
     # one recording serves every number of steps, scale and label: what it was made for must not stay in it
     labels, others = ("covid-convex", "regular-convex"), ("regular-convex", "regular-convex")
     for num_steps, guidance_scale, names in ((2, 1.0, labels), (5, 1.0, others), (3, 3.0, labels), (2, 1.5, others)):
-        values = {"sampler": sampler, "num_inference_steps": num_steps, "guidance_scale": guidance_scale}
+        values = {"sampler": sampler, "num_inference_steps": num_steps}
+        if sampler != SHORTCUT:
+            values["guidance_scale"] = guidance_scale
         requests = [ask(plain, seed, name, **values) for seed, name in enumerate(names)]
         sampled, expected = (pipeline.sample_latents(requests) for pipeline in (by_graphs, plain))
         assert torch.allclose(sampled, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
@@ -499,8 +569,9 @@ def test_where_nothing_is_compiled_warming_up_is_one_clip(pipeline: VideoPipelin
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_graphs_in_float64_have_its_digits(compiled: Compiled, sampler: str) -> None:
-    by_graphs, plain = compiled(SAMPLERS[sampler].prediction, dtype="float64")
-    requests = [ask(plain, seed, sampler=sampler, num_inference_steps=3, guidance_scale=1.1) for seed in (1, 2)]
+    by_graphs, plain = compiled(sampler, dtype="float64")
+    scale = 2.5 if sampler == SHORTCUT else 1.1
+    requests = [ask(plain, seed, sampler=sampler, num_inference_steps=3, guidance_scale=scale) for seed in (1, 2)]
     sampled, expected = (pipeline.sample_latents(requests) for pipeline in (by_graphs, plain))
     # the network's time is float32 in both; the rest is good to 1e-16 a step
     assert torch.allclose(sampled, expected, rtol=0, atol=1e-12 * expected.abs().max().item())

@@ -433,6 +433,7 @@ def test_models_tell_labels_and_limits(client: TestClient) -> None:
         "num_inference_steps": {"minimum": 1, "default": 4, "maximum": 1000},
         "guidance_scale": {"minimum": 1.0, "default": 1.0, "maximum": 10.0},
         "samplers": ["euler", "heun"],
+        "shortcut": None,
     }
 
 

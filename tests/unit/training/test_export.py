@@ -174,5 +174,5 @@ def test_the_command_line_explains_mistakes(table: Path, tmp_path: Path) -> None
 
 
 def test_command_names_are_fixed() -> None:
-    names = {"autoencoder", "compare", "denoiser", "evaluate", "export", "latents", "prepare", "verify"}
+    names = {"autoencoder", "compare", "denoiser", "distill", "evaluate", "export", "latents", "prepare", "verify"}
     assert {command.name for command in app.registered_commands} == names
