@@ -11,7 +11,7 @@ import medsora
 from server.api import batches as batches_api
 from server.api import events as events_api
 from server.api import files as files_api
-from server.api import health, models, videos
+from server.api import health, models, usage, videos
 from server.api.access import AccessControl, get_caller
 from server.api.dependencies import Services
 from server.api.handlers import add_exception_handlers
@@ -32,6 +32,7 @@ from server.jobs.queue import BackgroundPublisher, JobQueue
 from server.jobs.repository import JobRepository
 from server.jobs.service import JobService
 from server.jobs.workers import WorkerRegistry
+from server.keys.limits import Limits, RequestLimiter, TenantLimits
 from server.keys.repository import KeyRepository
 from server.observability import HttpMetrics, RequestMiddleware
 from server.settings import Settings
@@ -57,9 +58,13 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         database = Database(settings.database_address)
+        counters = Database(settings.database_address, is_durable=False)
+        limits = Limits.of(settings)
         migrate(database)
         keys = KeyRepository(database)
-        repository = JobRepository(database, lease_s=settings.lease_s, max_attempts=settings.max_attempts)
+        repository = JobRepository(
+            database, lease_s=settings.lease_s, max_attempts=settings.max_attempts, limits=limits
+        )
         store = ArtifactStore(settings.artifacts_dir)
         files = FileRepository(database)
         publisher = BackgroundPublisher(JobQueue(broker_url), repository.mark_published)
@@ -84,13 +89,16 @@ def create_app(settings: Settings) -> FastAPI:
             jobs=jobs,
             files=FileService(files, FileStore(settings.files_dir), min_free_bytes=settings.min_free_bytes),
             batches=BatchService(
-                BatchRepository(database, lease_s=settings.lease_s), files, max_active=settings.max_active_batches
+                BatchRepository(database, lease_s=settings.lease_s, limits=limits),
+                files,
+                max_active=settings.max_active_batches,
             ),
             events=events,
             follower=follower,
             repository=repository,
             keys=keys,
-            access=AccessControl(keys, settings),
+            access=AccessControl(keys, RequestLimiter(counters, limits), settings),
+            limits=TenantLimits(database, limits),
             idempotent_requests=IdempotentRequests(database),
             workers=WorkerRegistry(database, heartbeat_s=settings.worker_heartbeat_s),
             probe_queue=probe_queue,
@@ -106,6 +114,7 @@ def create_app(settings: Settings) -> FastAPI:
             await follower.stop()
             publisher.close()
             probe_queue.close()
+            counters.close()
             database.close()
 
     app = FastAPI(
@@ -125,7 +134,7 @@ def create_app(settings: Settings) -> FastAPI:
         metrics=http_metrics,
         body_limits={"/v1/files": settings.max_file_bytes + UPLOAD_OVERHEAD_BYTES},
     )
-    for part in (events_api, videos, files_api, batches_api, models):
+    for part in (events_api, videos, files_api, batches_api, models, usage):
         app.include_router(part.router, dependencies=[Depends(get_caller)], responses=error_responses(401, 403, 429))
     app.include_router(health.router)
     labels = [label.name for label in catalogue.default.manifest.labels]

@@ -237,8 +237,10 @@ class BatchRunner:
         if room <= 0:
             return False
         submitted = self._resolve(claim.batch, lines)
-        self._publish(self._batches.submit(claim, submitted))
-        return bool(submitted)
+        job_ids = self._batches.submit(claim, submitted)
+        self._publish(job_ids)
+        # Where the first waits for a quota, nothing was done.
+        return bool(job_ids) or bool(submitted and submitted[0].job is None)
 
     def _room(self) -> int:
         """Number of jobs that batches may make now, so that other requests still find a place in the queue."""

@@ -141,6 +141,7 @@ def reaper() -> None:
     from server.jobs.repository import JobRepository
     from server.jobs.service import JobService
     from server.jobs.workers import WorkerRegistry
+    from server.keys.limits import Limits
     from server.observability import configure_logging
     from server.reaper import Reaper
     from server.settings import SettingsError
@@ -161,7 +162,7 @@ def reaper() -> None:
     store = ArtifactStore(settings.artifacts_dir)
     batches = BatchRunner(
         settings,
-        batches=BatchRepository(database, lease_s=settings.lease_s),
+        batches=BatchRepository(database, lease_s=settings.lease_s, limits=Limits.of(settings)),
         files=FileRepository(database),
         store=FileStore(settings.files_dir),
         jobs=JobService(

@@ -9,6 +9,7 @@ __all__ = [
     "NotFoundError",
     "NotReadyError",
     "OverloadedError",
+    "QuotaExceededError",
     "RangeError",
     "RequestRefusedError",
     "ReusedKeyError",
@@ -155,6 +156,22 @@ class OverloadedError(ServiceError):
 
     def __init__(self, message: str, *, code: str, retry_after_ms: int) -> None:
         super().__init__(message, code=code, headers=_retry_headers(retry_after_ms))
+
+
+class QuotaExceededError(ServiceError):
+    """A tenant has used up what it may have.
+
+    Args:
+        retry_after_s: Seconds after which there is more.
+        is_soon: Whether a client should wait for that and try again by itself.
+    """
+
+    status_code = 429
+    kind = "rate_limit_error"
+
+    def __init__(self, message: str, *, code: str, retry_after_s: float, is_soon: bool) -> None:
+        headers = {**_retry_headers(round(retry_after_s * 1000)), "x-should-retry": str(is_soon).lower()}
+        super().__init__(message, code=code, headers=headers)
 
 
 class UnavailableError(ServiceError):

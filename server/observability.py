@@ -17,7 +17,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import TooLargeError, error_body
 
-__all__ = ["HttpMetrics", "RequestMiddleware", "configure_logging"]
+__all__ = ["RATE_HEADERS", "HttpMetrics", "RequestMiddleware", "configure_logging"]
+
+RATE_HEADERS = "medsora.rate_headers"
+"""Key of the list in a request's scope whose pairs become headers of the answer, whatever that is."""
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +74,8 @@ class RequestMiddleware:
         status = 500
         has_started = False
         received = 0
+        rate_headers: list[tuple[bytes, bytes]] = []
+        scope[RATE_HEADERS] = rate_headers
         limit = self._body_limits.get(scope["path"], self._max_body_bytes)
 
         async def limited_receive() -> Message:
@@ -86,7 +91,8 @@ class RequestMiddleware:
             nonlocal status, has_started
             if message["type"] == "http.response.start":
                 status, has_started = message["status"], True
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                tags = [(b"x-request-id", request_id.encode()), *rate_headers]
+                message["headers"] = [*message.get("headers", ()), *tags]
             await send(message)
 
         try:

@@ -103,6 +103,20 @@ class Settings(BaseSettings):
     max_queued_jobs: int = Field(
         1000, ge=1, le=1_000_000, description="Jobs that may wait at once; more are answered with 429."
     )
+    tenant_clips_per_day: int | None = Field(
+        None, ge=0, description="Clips that a tenant may ask for on a day (UTC); None: any number."
+    )
+    tenant_megapixel_frames_per_day: float | None = Field(
+        None,
+        ge=0.0,
+        description="Megapixel-frames (width x height x frames / 1e6) that a tenant may ask for on a day (UTC).",
+    )
+    tenant_queued_jobs: int | None = Field(
+        None, ge=0, description="Jobs of one tenant that may wait at once; None: as many as wait in all."
+    )
+    tenant_requests_per_minute: int | None = Field(
+        None, ge=0, description="Requests that a tenant may make in a minute; None: any number."
+    )
     max_attempts: int = Field(
         3, ge=1, le=10, description="Runs that a job may start before it fails with attempts_exhausted."
     )

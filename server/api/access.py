@@ -4,6 +4,7 @@ What a route needs is read off its path, in one table: a route that the table do
 """
 
 import ipaddress
+import math
 from dataclasses import dataclass
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -11,11 +12,14 @@ from urllib.parse import urlsplit
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.datastructures import Headers
+from starlette.types import Scope as Connection
 
-from server.errors import ForbiddenError, UnauthorizedError
+from server.errors import ForbiddenError, OverloadedError, UnauthorizedError
 from server.jobs.model import DEFAULT_TENANT
+from server.keys.limits import RequestLimiter, RequestRate
 from server.keys.model import ALL_SCOPES, Scope
 from server.keys.repository import KeyRepository, KeyState
+from server.observability import RATE_HEADERS
 from server.settings import Settings
 
 __all__ = ["NEEDS", "AccessControl", "Caller", "CallerDep", "TenantDep", "get_caller", "is_loopback"]
@@ -28,6 +32,7 @@ NEEDS: dict[str, tuple[Scope | None, Scope | None]] = {
     "datasets": (Scope.DATASETS, Scope.DATASETS),
     "webhooks": (Scope.WEBHOOKS, Scope.WEBHOOKS),
     "models": (None, None),
+    "usage": (None, None),
 }
 """First part of a path under /v1 -> what reading needs, and what everything else needs; None: any key will do."""
 
@@ -52,14 +57,16 @@ NOBODY_ELSE = Caller(tenant=DEFAULT_TENANT, key_id=None, scopes=ALL_SCOPES)
 
 
 class AccessControl:
-    """Tells callers by their keys.
+    """Tells callers by their keys, and counts what they ask.
 
     Args:
+        limiter: Of the requests of each tenant.
         settings: Whether keys are needed, and where the API listens.
     """
 
-    def __init__(self, keys: KeyRepository, settings: Settings) -> None:
+    def __init__(self, keys: KeyRepository, limiter: RequestLimiter, settings: Settings) -> None:
         self._keys = keys
+        self._limiter = limiter
         self._policy = settings.keys
         self._is_local = is_loopback(settings.host)
 
@@ -69,16 +76,30 @@ class AccessControl:
             return not self._is_local or self._keys.any_exists()
         return self._policy == "required"
 
-    def admit(self, headers: Headers, method: str, path: str) -> Caller:
-        """Who asks, if they may do what they ask for.
+    def admit(self, scope: Connection) -> Caller:
+        """Who asks, if they may do what they ask for. However often this is called for a request, it counts once.
 
         Raises:
             UnauthorizedError: A key is needed, and there is none that is good.
             ForbiddenError: The key is not good for this.
+            OverloadedError: The tenant has made too many requests.
         """
+        headers = Headers(scope=scope)
         caller = self.identify(headers.get("authorization"), origin=headers.get("origin"))
-        check_scope(caller, method, path)
+        check_scope(caller, scope["method"], scope["path"])
+        if not scope.get(RATE_HEADERS):
+            self._count(caller, scope)
         return caller
+
+    def _count(self, caller: Caller, scope: Connection) -> None:
+        rate = self._limiter.take(caller.tenant)
+        if rate is None:
+            return
+        scope.setdefault(RATE_HEADERS, []).extend(_rate_headers(rate))
+        if rate.retry_after_s > 0:
+            message = f"This tenant may make {rate.limit} requests a minute, and has. Try again later."
+            retry_after_ms = math.ceil(rate.retry_after_s * 1000)
+            raise OverloadedError(message, code="rate_limit_exceeded", retry_after_ms=retry_after_ms)
 
     def identify(self, authorization: str | None, *, origin: str | None = None) -> Caller:
         """Who asks, by the value of the header ``Authorization``.
@@ -116,6 +137,21 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def _rate_headers(rate: RequestRate) -> list[tuple[bytes, bytes]]:
+    """As the drafts of the IETF have it, and as OpenAI's clients read it."""
+    reset_s = math.ceil(rate.reset_s)
+    values = {
+        "ratelimit-policy": f"{rate.limit};w=60",
+        "ratelimit-limit": str(rate.limit),
+        "ratelimit-remaining": str(rate.remaining),
+        "ratelimit-reset": str(reset_s),
+        "x-ratelimit-limit-requests": str(rate.limit),
+        "x-ratelimit-remaining-requests": str(rate.remaining),
+        "x-ratelimit-reset-requests": f"{reset_s}s",
+    }
+    return [(name.encode(), value.encode()) for name, value in values.items()]
+
+
 def check_scope(caller: Caller, method: str, path: str) -> None:
     """Refuse what the caller's key is not good for.
 
@@ -147,9 +183,10 @@ def get_caller(request: Request, _: Annotated[HTTPAuthorizationCredentials | Non
     Raises:
         UnauthorizedError: A key is needed, and there is none that is good.
         ForbiddenError: The key is not good for this.
+        OverloadedError: The tenant has made too many requests.
     """
     access: AccessControl = request.app.state.services.access
-    return access.admit(request.headers, request.method, request.scope["path"])
+    return access.admit(request.scope)
 
 
 CallerDep = Annotated[Caller, Depends(get_caller)]

@@ -17,6 +17,7 @@ from server.jobs.queue import JobQueue
 from server.jobs.repository import JobRepository
 from server.jobs.service import JobService
 from server.jobs.workers import WorkerRegistry
+from server.keys.limits import TenantLimits
 from server.keys.repository import KeyRepository
 from server.observability import HttpMetrics
 from server.settings import Settings
@@ -41,6 +42,7 @@ class Services:
     repository: JobRepository
     keys: KeyRepository
     access: AccessControl
+    limits: TenantLimits
     idempotent_requests: IdempotentRequests
     workers: WorkerRegistry
     probe_queue: JobQueue

@@ -66,11 +66,7 @@ class IdempotencyMiddleware:
             return
         services = scope["app"].state.services
         try:
-            caller = await run_in_threadpool(services.access.admit, headers, scope["method"], scope["path"])
-        except (ServiceError, SQLAlchemyError):
-            await self._app(scope, receive, send)  # which comes to the same end, and says it
-            return
-        try:
+            caller = await run_in_threadpool(services.access.admit, scope)
             key = _check_key(keys)
             with SpooledTemporaryFile(max_size=_IN_MEMORY, dir=str(self._spool_dir)) as body:
                 await _receive_all(receive, body)

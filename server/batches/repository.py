@@ -32,6 +32,7 @@ from server.idempotency import note_made
 from server.jobs.database import Database, database_now
 from server.jobs.model import TERMINAL, Job, JobStatus
 from server.jobs.repository import JobRecord, insert_jobs, job_record
+from server.keys.limits import NO_LIMITS, Limits, fitting
 
 __all__ = [
     "BatchClaim",
@@ -50,6 +51,7 @@ __all__ = [
 _BATCH: Any = Batch.__table__
 _LINE: Any = BatchLine.__table__
 _JOB: Any = Job.__table__
+QUEUE_SHARE = 0.5
 _FINISHED_JOBS = sorted(status.value for status in TERMINAL)
 _AT_END = or_(Job.id.is_(None), Job.deleted_at.is_not(None), Job.status.in_(_FINISHED_JOBS))
 """Of a line's job, joined from outside: nothing more will come of it."""
@@ -170,9 +172,10 @@ class BatchRepository:
         lease_s: Seconds a claim lasts without renewal.
     """
 
-    def __init__(self, database: Database, *, lease_s: float) -> None:
+    def __init__(self, database: Database, *, lease_s: float, limits: Limits = NO_LIMITS) -> None:
         self._database = database
         self._lease_s = lease_s
+        self._limits = limits
 
     # -- clients ---------------------------------------------------------------------------------------------
 
@@ -380,6 +383,9 @@ class BatchRepository:
     def submit(self, claim: BatchClaim, lines: Sequence[SubmittedLine]) -> list[str]:
         """Make the jobs of these lines, and record those that were refused: all of them, or none.
 
+        Lines from the first on whose job would go over a quota of the tenant stay as they are. So that the tenant can
+        ask for something else meanwhile, batches take half of its places in the queue.
+
         Returns:
             Ids of the jobs.
 
@@ -389,6 +395,10 @@ class BatchRepository:
         with self._database.write() as connection:
             batch = self._hold(connection, claim)
             wanted = [(line, line.job) for line in lines if line.job is not None]
+            fit = fitting(connection, batch.tenant, [job for _, job in wanted], self._limits, queue_share=QUEUE_SHARE)
+            if fit.quota is not None:
+                lines = [line for line in lines if line.line < wanted[fit.num_jobs][0].line]
+                wanted = wanted[: fit.num_jobs]
             job_ids = insert_jobs(connection, [job for _, job in wanted])
             made = dict(zip((line.line for line, _ in wanted), job_ids, strict=True))
             changes = [

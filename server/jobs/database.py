@@ -47,18 +47,20 @@ class Database:
 
     Args:
         url: SQLAlchemy URL; ``sqlite:///`` or PostgreSQL.
+        is_durable: Whether what was committed outlives a power cut; where not, commits cost little.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, is_durable: bool = True) -> None:
         self.url = make_url(url)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         if self.is_sqlite:
             if self.url.database in (None, "", ":memory:"):
                 raise ValueError("the job database must be a file: several processes share it")
             self.engine = create_engine(self.url, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
-            _configure_sqlite(self.engine)
+            _configure_sqlite(self.engine, is_durable=is_durable)
         else:
-            self.engine = create_engine(self.url, pool_pre_ping=True, pool_size=10, max_overflow=10)
+            options = {} if is_durable else {"connect_args": {"options": "-c synchronous_commit=off"}}
+            self.engine = create_engine(self.url, pool_pre_ping=True, pool_size=10, max_overflow=10, **options)
         self._writer = self.engine.execution_options(begin_immediate=True)
 
     @contextmanager
@@ -87,7 +89,7 @@ def insert_if_absent(connection: Connection, table: Table, values: dict[str, Any
     return connection.execute(dialect.insert(table).values(values).on_conflict_do_nothing()).rowcount == 1
 
 
-def _configure_sqlite(engine: Engine) -> None:
+def _configure_sqlite(engine: Engine, *, is_durable: bool) -> None:
     @event.listens_for(engine, "connect")
     def _on_connect(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # we begin transactions ourselves, below
@@ -95,7 +97,7 @@ def _configure_sqlite(engine: Engine) -> None:
         for pragma in (
             f"busy_timeout={BUSY_TIMEOUT_MS}",
             "journal_mode=WAL",
-            "synchronous=FULL",
+            f"synchronous={'FULL' if is_durable else 'NORMAL'}",
             "foreign_keys=ON",
         ):
             cursor.execute(f"PRAGMA {pragma}")

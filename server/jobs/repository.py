@@ -17,6 +17,7 @@ from server.events.jobs import announce_deletion, announce_preview, announce_pro
 from server.idempotency import note_made
 from server.jobs.database import Database, database_now
 from server.jobs.model import DEFAULT_TENANT, TERMINAL, DeletedJob, Job, JobStatus, new_job_id
+from server.keys.limits import NO_LIMITS, Limits, Quota, count_usage, fitting
 
 __all__ = [
     "Claim",
@@ -24,6 +25,7 @@ __all__ = [
     "JobRecord",
     "JobRepository",
     "QueueFullError",
+    "QuotaReachedError",
     "Removal",
     "SweepResult",
     "insert_jobs",
@@ -44,6 +46,14 @@ CURSOR_KEPT_S = 86_400.0
 
 class QueueFullError(Exception):
     """As many jobs wait as may wait."""
+
+
+class QuotaReachedError(Exception):
+    """A tenant may have no more of something."""
+
+    def __init__(self, quota: Quota) -> None:
+        super().__init__(quota.message)
+        self.quota = quota
 
 
 class Removal(enum.Enum):
@@ -142,12 +152,14 @@ class JobRepository:
     Args:
         lease_s: Seconds a claim lasts without renewal.
         max_attempts: Claims a job may use up before it fails.
+        limits: What each tenant may have that has no limits of its own.
     """
 
-    def __init__(self, database: Database, *, lease_s: float, max_attempts: int) -> None:
+    def __init__(self, database: Database, *, lease_s: float, max_attempts: int, limits: Limits = NO_LIMITS) -> None:
         self._database = database
         self._lease_s = lease_s
         self._max_attempts = max_attempts
+        self._limits = limits
 
     # -- clients ---------------------------------------------------------------------------------------------
 
@@ -160,12 +172,18 @@ class JobRepository:
 
         Raises:
             QueueFullError: That many wait already.
+            QuotaReachedError: The tenant may have no more of it.
         """
         with self._database.write() as connection:
             waiting = connection.scalar(select(func.count()).where(Job.status == JobStatus.QUEUED))
             if waiting is not None and waiting >= max_queued:
                 raise QueueFullError(f"{waiting} jobs are waiting, {max_queued} may")
-            statement = insert(_TABLE).values({**_new(values), **_ACCEPTED_NOW})
+            new = _new(values)
+            quota = fitting(connection, new["tenant"], [new], self._limits).quota
+            if quota is not None:
+                raise QuotaReachedError(quota)
+            count_usage(connection, [new])
+            statement = insert(_TABLE).values({**new, **_ACCEPTED_NOW})
             row = connection.execute(statement.returning(*_TABLE.c)).one()
             note_made(connection, row.id)
             announce_states(connection, [row])
@@ -473,12 +491,15 @@ class JobRepository:
 def insert_jobs(connection: Connection, jobs: Sequence[dict[str, Any]]) -> list[str]:
     """Insert jobs that wait, within the caller's transaction; returns their ids in the same order.
 
+    They count for the quotas of their tenants; whether they are within them is for the caller to ask (``fitting``).
+
     Args:
         jobs: The columns of what was asked, of each job.
     """
     rows = [_new(values) for values in jobs]
     ids = [row["id"] for row in rows]
     if rows:
+        count_usage(connection, rows)
         connection.execute(insert(_TABLE).values(_ACCEPTED_NOW), rows)
         announce_states(connection, connection.execute(select(_TABLE).where(Job.id.in_(ids))).all())
     return ids

@@ -9,9 +9,16 @@ from medsora.errors import RequestError
 from medsora.manifest import Manifest
 from medsora.request import frames_for_seconds, random_seed, resolve_label, resolve_request
 from server.checkpoints import Catalogue, ServedCheckpoint
-from server.errors import NotFoundError, NotReadyError, OverloadedError, RequestRefusedError, UnavailableError
+from server.errors import (
+    NotFoundError,
+    NotReadyError,
+    OverloadedError,
+    QuotaExceededError,
+    RequestRefusedError,
+    UnavailableError,
+)
 from server.jobs.model import TERMINAL, JobStatus, is_job_id
-from server.jobs.repository import JobRecord, JobRepository, QueueFullError, Removal
+from server.jobs.repository import JobRecord, JobRepository, QueueFullError, QuotaReachedError, Removal
 from server.storage import ArtifactStore
 
 __all__ = ["MAX_PROMPT_CHARACTERS", "JobPage", "JobService", "VideoOrder"]
@@ -82,6 +89,7 @@ class JobService:
         Raises:
             RequestRefusedError: A field that the checkpoint cannot honour; names it and what is allowed.
             OverloadedError: Too many jobs wait.
+            QuotaExceededError: The tenant may have no more today, or must not let more wait.
             UnavailableError: Too little room on the disk.
         """
         return self._accept(self.resolve(tenant, order))
@@ -126,6 +134,11 @@ class JobService:
         except QueueFullError:
             message = f"{self._max_queued} jobs are waiting, no more can be taken now. Try again later."
             raise OverloadedError(message, code="queue_full", retry_after_ms=_QUEUE_FULL_RETRY_MS) from None
+        except QuotaReachedError as error:
+            quota = error.quota
+            raise QuotaExceededError(
+                quota.message, code="quota_exceeded", retry_after_s=quota.retry_after_s, is_soon=quota.is_soon
+            ) from None
         self._publish(job.id)
         return job
 

@@ -1,4 +1,4 @@
-"""``medsora-server keys``: make, list and revoke keys. Works on the database, whether a server runs or not."""
+"""``medsora-server keys``: make, list and revoke keys, and limit tenants. Needs the database alone, and no server."""
 
 import re
 from collections.abc import Iterator
@@ -11,12 +11,13 @@ import typer
 
 if TYPE_CHECKING:
     from server.jobs.database import Database
+    from server.settings import Settings
 
 __all__ = ["app"]
 
 app = typer.Typer(
-    help="Make, list and revoke the keys by which callers are known. Works on the database, whether a server runs or "
-    "not, and holds at once.",
+    help="Make, list and revoke the keys by which callers are known, and limit what tenants may have. Works on the "
+    "database, whether a server runs or not, and holds at once.",
     no_args_is_help=True,
 )
 
@@ -98,21 +99,70 @@ def revoke(
     typer.echo(f"{key.id} of tenant {key.tenant} is revoked.")
 
 
+@app.command()
+def limits(
+    tenant: Annotated[str, typer.Argument(help="Whose.")],
+    clips_per_day: Annotated[int | None, typer.Option(min=0, help="Clips that may be asked for a day (UTC).")] = None,
+    megapixel_frames_per_day: Annotated[
+        float | None, typer.Option(min=0, help="Width x height x frames / 1e6, summed over the clips of a day (UTC).")
+    ] = None,
+    queued_jobs: Annotated[int | None, typer.Option(min=0, help="Jobs that may wait at once.")] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(min=0, help="Requests to the API.")] = None,
+    reset: Annotated[bool, typer.Option("--reset", help="First forget the tenant's own limits.")] = False,
+    data_dir: DataOption = None,
+) -> None:
+    """Show what a tenant has used today and may use, after giving it limits of its own where some are named.
+
+    What is not named is as for all tenants (MEDSORA_TENANT_...), which are unlimited by default.
+    """
+    from server.keys.limits import Limits, TenantLimits
+    from server.keys.model import is_tenant
+
+    if not is_tenant(tenant):
+        _fail(f"{tenant!r} is no name of a tenant")
+    named = {
+        "clips_per_day": clips_per_day,
+        "megapixel_frames_per_day": megapixel_frames_per_day,
+        "queued_jobs": queued_jobs,
+        "requests_per_minute": requests_per_minute,
+    }
+    changes = {name: value for name, value in named.items() if reset or value is not None}
+    with _database(data_dir) as database:
+        tenants = TenantLimits(database, Limits.of(_load(data_dir)))
+        if changes:
+            tenants.change(tenant, changes)
+        usage = tenants.usage(tenant)
+    used = {
+        "clips_per_day": usage.clips,
+        "megapixel_frames_per_day": usage.megapixel_frames,
+        "queued_jobs": usage.queued_jobs,
+    }
+    for name in named:
+        limit = getattr(usage.limits, name)
+        of = "unlimited" if limit is None else f"limit {limit:,g}"
+        now = f"{used[name]:,g} used, " if name in used else ""
+        typer.echo(f"{name.replace('_', ' ')}: {now}{of}")
+
+
 @contextmanager
 def _database(data_dir: Path | None) -> "Iterator[Database]":
     from server.jobs.database import Database, migrate
-    from server.settings import SettingsError, load_settings
 
-    try:
-        settings = load_settings(data_dir=data_dir)
-    except SettingsError as error:
-        _fail(str(error))
-    database = Database(settings.database_address)
+    database = Database(_load(data_dir).database_address)
     try:
         migrate(database)
         yield database
     finally:
         database.close()
+
+
+def _load(data_dir: Path | None) -> "Settings":
+    from server.settings import SettingsError, load_settings
+
+    try:
+        return load_settings(data_dir=data_dir)
+    except SettingsError as error:
+        _fail(str(error))
 
 
 def _date(at: float) -> str:

@@ -157,6 +157,7 @@ def test_cancelled_by_many_at_once_through_two_processes(server: "RunningServer"
     environment = {
         **os.environ,
         **server.variables,
+        "MEDSORA_KEYS": "off",
         "MEDSORA_DATA_DIR": str(server.data_dir),
         "MEDSORA_REDIS_URL": f"redis+socket://{server.data_dir / 'run' / 'redis.sock'}",
         "MEDSORA_KEYS": "off",
@@ -233,6 +234,7 @@ def test_killed_again_and_again_nothing_is_lost_or_done_twice(server: "RunningSe
     environment = {
         **os.environ,
         **server.variables,
+        "MEDSORA_KEYS": "off",
         "MEDSORA_DATA_DIR": str(server.data_dir),
         "MEDSORA_REDIS_URL": f"redis+socket://{server.data_dir / 'run' / 'redis.sock'}",
         "MEDSORA_LEASE_S": "1",

@@ -6,6 +6,7 @@ import server.batches.model
 import server.events.model
 import server.files.model
 import server.idempotency
+import server.keys.limits
 import server.keys.model  # noqa: F401 - their tables belong to the same schema
 from server.jobs.model import Base
 
