@@ -25,6 +25,7 @@ from sqlalchemy import (
 )
 
 from server.batches.model import ACTIVE, WINDOWS_S, Batch, BatchLine, BatchStatus, LineState, new_batch_id
+from server.events.log import emit
 from server.files.model import File
 from server.files.repository import insert_file
 from server.files.store import WrittenFile
@@ -222,6 +223,7 @@ class BatchRepository:
             )
             batch = _record(connection.execute(statement.returning(*_BATCH.c)).one())
             note_made(connection, batch.id)
+            _announce(connection, batch)
         return batch
 
     def get(self, tenant: str, batch_id: str) -> BatchRecord | None:
@@ -245,9 +247,12 @@ class BatchRepository:
     def request_cancel(self, tenant: str, batch_id: str) -> BatchRecord | None:
         """Let a batch come to its end unless it is at it already; None when this tenant has none of that id."""
         open_ = Batch.status.in_((BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS))
-        statement = update(Batch).where(Batch.id == batch_id, Batch.tenant == tenant, open_)
+        statement = update(_BATCH).where(Batch.id == batch_id, Batch.tenant == tenant, open_)
+        statement = statement.values(_entered(BatchStatus.CANCELLING)).returning(*_BATCH.c)
         with self._database.write() as connection:
-            connection.execute(statement.values(_entered(BatchStatus.CANCELLING)))
+            row = connection.execute(statement).one_or_none()
+            if row is not None:
+                _announce(connection, _record(row))
         return self.get(tenant, batch_id)
 
     # -- the process that works on them ----------------------------------------------------------------------
@@ -553,12 +558,28 @@ class BatchRepository:
 
     def _change(self, connection: Connection, batch: BatchRecord, values: dict[str, Any]) -> BatchRecord:
         statement = update(_BATCH).where(Batch.seq == batch.seq).values(values).returning(*_BATCH.c)
-        return _record(connection.execute(statement).one())
+        changed = _record(connection.execute(statement).one())
+        if changed.status is not batch.status:
+            _announce(connection, changed)
+        elif (changed.completed, changed.failed) != (batch.completed, batch.failed):
+            _announce(connection, changed, kind="batch.progress")
+        return changed
 
 
 def input_in_use() -> ColumnElement[bool]:
     """True of files that an unfinished batch still reads."""
     return exists().where(Batch.input_file_id == File.id, Batch.status.in_(ACTIVE))
+
+
+def _announce(connection: Connection, batch: BatchRecord, *, kind: str | None = None) -> None:
+    """Tell what has become of a batch to those who follow events: its new state, or how far it is."""
+    data: dict[str, Any] = {
+        "id": batch.id,
+        "status": batch.status.value,
+        "request_counts": {"total": batch.total, "completed": batch.completed, "failed": batch.failed},
+    }
+    told = f"batch.{batch.status.value}" if kind is None else kind
+    emit(connection, tenant=batch.tenant, kind=told, subject=batch.id, data=data, passing=kind is not None)
 
 
 def _entered(status: BatchStatus) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from server.batch_runner import BatchRunner
 from server.batches.model import Batch, BatchLine
 from server.batches.repository import BatchRepository, ClaimLostError
 from server.checkpoints import Catalogue
+from server.events.model import Event
 from server.files.model import File
 from server.files.repository import FileRepository
 from server.files.store import FileStore
@@ -203,6 +204,26 @@ def test_from_file_to_files(bench: Bench) -> None:
         assert (file["purpose"], file["filename"]) == ("batch_output", f"{batch_id}_{name}.jsonl")
     with bench.database.read() as connection:
         assert connection.scalar(select(func.count()).select_from(BatchLine)) == 0
+
+
+def test_what_becomes_of_a_batch_is_told(bench: Bench) -> None:
+    ends = {
+        "completed": bench.create([line("a"), line("b", prompt="a cat")]),
+        "failed": bench.create(b"nonsense"),
+        "cancelled": bench.create([line("c")]),
+    }
+    bench.client.post(f"/v1/batches/{ends['cancelled']}/cancel")
+    bench.work_off(ends["completed"])
+    begin = {"completed": ["in_progress", "progress", "finalizing"], "failed": [], "cancelled": ["cancelling"]}
+    for end, batch_id in ends.items():
+        query = select(Event.kind, Event.data, Event.tenant).where(Event.subject == batch_id).order_by(Event.seq)
+        with bench.database.read() as connection:
+            events = connection.execute(query).all()
+        assert [event.kind for event in events] == [f"batch.{what}" for what in ["validating", *begin[end], end]]
+        assert {event.tenant for event in events} == {"default"}
+        last = events[-1].data
+        assert (last["id"], last["status"]) == (batch_id, end)
+        assert last["request_counts"] == bench.batch(batch_id)["request_counts"]
 
 
 def test_lines_carry_all_that_a_request_may(bench: Bench) -> None:
