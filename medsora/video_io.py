@@ -8,6 +8,7 @@ name and renaming is the caller's part. Torch is loaded by the two tensor functi
 from __future__ import annotations
 
 import errno
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,8 +32,10 @@ __all__ = [
     "VideoInfo",
     "from_uint8",
     "iterate_video",
+    "mp4_writer",
     "probe_video",
     "read_video",
+    "rgb_of",
     "to_uint8",
     "write_contact_sheet",
     "write_ffv1",
@@ -88,14 +91,35 @@ def write_mp4(
     preset: str = "veryfast",
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write an H.264 MP4 that every browser plays, with its index in front.
+    """Write an H.264 MP4 that every browser plays, with its index in front; see :func:`mp4_writer`.
+
+    Args:
+        frames: uint8 RGB ``(frames, height, width, 3)``; height and width even.
+    """
+    _check_frames(path, frames, fps)
+    size = (frames.shape[2], frames.shape[1])
+    with mp4_writer(path, size=size, fps=fps, crf=crf, preset=preset, metadata=metadata) as write:
+        write(frames)
+
+
+@contextmanager
+def mp4_writer(
+    path: Path,
+    *,
+    size: tuple[int, int],
+    fps: float,
+    crf: int = 18,
+    preset: str = "veryfast",
+    metadata: Mapping[str, str] | None = None,
+) -> Iterator[Callable[[Frames], None]]:
+    """Give a function that writes the next frames of an H.264 MP4, whole at the end of the block.
 
     The colours are converted with the BT.709 matrix to limited range, and tagged so: a player that follows
     the tags shows the grey levels it was given.
 
     Args:
         path: Overwritten when it exists.
-        frames: uint8 RGB ``(frames, height, width, 3)``; height and width even.
+        size: (width, height) of all frames, even.
         fps: Frames a second, above 0.
         crf: Quality, 1 (best) to 51. 0 would be a lossless profile that browsers do not play.
         preset: x264 preset, e.g. ``medium``: smaller files for more time.
@@ -105,7 +129,8 @@ def write_mp4(
         VideoError: The frames or a setting cannot be encoded.
         OSError: The file cannot be written (disk full, no such folder).
     """
-    height, width = _check_frames(path, frames, fps)
+    width, height = size
+    _check_fps(path, fps)
     if height % 2 or width % 2:
         raise VideoError(
             f"{path}: H.264 with yuv420p needs even sizes, got {width}x{height}; "
@@ -127,24 +152,16 @@ def write_mp4(
         stream = output.add_stream(
             "libx264", rate=_rate(path, fps), options={"crf": str(crf), "preset": preset, "threads": "1", "bf": "0"}
         )
-        context = stream.codec_context
-        context.width, context.height, context.pix_fmt = width, height, "yuv420p"
-        context.color_range = ColorRange.MPEG
-        context.colorspace = Colorspace.ITU709
-        context.color_primaries = ColorPrimaries.BT709
-        context.color_trc = ColorTrc.BT709
-        for index, rgb in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24").reformat(
-                format="yuv420p",
-                dst_colorspace=Colorspace.ITU709,
-                src_color_range=ColorRange.JPEG,
-                dst_color_range=ColorRange.MPEG,
-                dst_color_primaries=ColorPrimaries.BT709,
-                dst_color_trc=ColorTrc.BT709,
-                interpolation=_EXACT,
-            )
-            frame.pts = index
-            output.mux(stream.encode(frame))
+        _tag_colours(stream.codec_context, width, height)
+        number = itertools.count()
+
+        def write(frames: Frames) -> None:
+            for rgb in frames:
+                frame = _to_yuv(rgb)
+                frame.pts = next(number)
+                output.mux(stream.encode(frame))
+
+        yield write
         output.mux(stream.encode())
 
 
@@ -218,7 +235,7 @@ def iterate_video(path: Path, wants: Callable[[int], bool] | None = None) -> Ite
         stream = _video_stream(path, source)
         fps, promised, count = _fps(path, stream), stream.frames, 0
         for frame in source.decode(stream):
-            yield _to_rgb(frame) if wants is None or wants(count) else None, fps
+            yield rgb_of(frame) if wants is None or wants(count) else None, fps
             count += 1
     if not count:
         raise VideoError(f"{path}: holds no frame that can be decoded")
@@ -325,6 +342,27 @@ def write_contact_sheet(
     sheet.save(path, format="PNG", optimize=True)
 
 
+def _tag_colours(context: Any, width: int, height: int) -> None:
+    """Size and colours of an H.264 encoder."""
+    context.width, context.height, context.pix_fmt = width, height, "yuv420p"
+    context.color_range = ColorRange.MPEG
+    context.colorspace = Colorspace.ITU709
+    context.color_primaries = ColorPrimaries.BT709
+    context.color_trc = ColorTrc.BT709
+
+
+def _to_yuv(rgb: Frames) -> av.VideoFrame:
+    return av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24").reformat(
+        format="yuv420p",
+        dst_colorspace=Colorspace.ITU709,
+        src_color_range=ColorRange.JPEG,
+        dst_color_range=ColorRange.MPEG,
+        dst_color_primaries=ColorPrimaries.BT709,
+        dst_color_trc=ColorTrc.BT709,
+        interpolation=_EXACT,
+    )
+
+
 def _check_frames(path: Path, frames: Frames, fps: float) -> tuple[int, int]:
     """Refuse what no writer can take; returns (height, width)."""
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
@@ -332,9 +370,13 @@ def _check_frames(path: Path, frames: Frames, fps: float) -> tuple[int, int]:
             f"{path}: frames must be uint8 (frames, height, width, 3) with at least one pixel, "
             f"got {frames.dtype} {frames.shape}"
         )
+    _check_fps(path, fps)
+    return frames.shape[1], frames.shape[2]
+
+
+def _check_fps(path: Path, fps: float) -> None:
     if not (math.isfinite(fps) and fps > 0):
         raise VideoError(f"{path}: fps must be above 0, got {fps}")
-    return frames.shape[1], frames.shape[2]
 
 
 def _check_metadata(path: Path, metadata: Mapping[str, str] | None) -> dict[str, str]:
@@ -371,7 +413,8 @@ def _fps(path: Path, stream: av.VideoStream) -> float:
     return float(rate)
 
 
-def _to_rgb(frame: av.VideoFrame) -> Frames:
+def rgb_of(frame: av.VideoFrame) -> Frames:
+    """A decoded frame as uint8 RGB ``(height, width, 3)``, by its own colour tags."""
     rgb = frame.reformat(format="rgb24", dst_color_range=ColorRange.JPEG, interpolation=_EXACT)
     return np.asarray(rgb.to_ndarray(), dtype=np.uint8)
 

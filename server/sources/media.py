@@ -1,0 +1,259 @@
+"""Pictures and videos from outside, read with bounds: what they say of themselves, and their frames.
+
+None of it runs in the API process. :func:`inspect` is called there: it runs this module as a child with little memory
+and time, which reads headers and counts packets, and decodes nothing. Frames are decoded by the worker.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["MEDIA_TYPES", "Media", "MediaError", "inspect", "kind_of_media", "read_frames"]
+
+MAX_PIXELS = 4096 * 4096
+"""Of a frame; no model comes near it."""
+_ORIENTATION = 0x0112  # Exif
+_LIMIT_S = 20
+_LIMIT_BYTES = 2 * 2**30
+_CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "ffv1", "mjpeg", "mpeg4", "png")
+
+
+MEDIA_TYPES = {
+    "png": "image/png",
+    "jpeg": "image/jpeg",
+    "webp": "image/webp",
+    "mp4": "video/mp4",
+    "matroska": "video/webm",
+}
+"""Kind of media -> its type. MP4 is QuickTime too, Matroska is WebM too."""
+PICTURES = ("png", "jpeg", "webp")
+
+
+def kind_of_media(head: bytes) -> str | None:
+    """Kind of media by the first 16 bytes of a file, or None; names and types that a client gives are not trusted."""
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    if head.startswith(b"\xff\xd8\xff"):
+        return "jpeg"
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return "webp"
+    if head[4:8] == b"ftyp":
+        return "mp4"
+    if head.startswith(b"\x1a\x45\xdf\xa3"):
+        return "matroska"
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Media:
+    """What a picture or video says of itself."""
+
+    kind: str
+    """Of :data:`MEDIA_TYPES`."""
+    width: int
+    height: int
+    num_frames: int
+    fps: float | None
+    """Frames a second; None: a picture."""
+
+
+class MediaError(Exception):
+    """A picture or video that cannot be used; the message says why, without a name before it."""
+
+
+def inspect(path: Path, *, max_frames: int) -> Media:
+    """What a file says of itself, read by a child process.
+
+    Args:
+        max_frames: More than these are refused, and not counted further.
+
+    Raises:
+        MediaError: It is no picture or video that is read here, damaged, or too large.
+    """
+    command = [sys.executable, "-m", "server.sources.media", str(path), str(max_frames)]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=_LIMIT_S, check=False, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        raise MediaError("takes too long to read") from None
+    try:
+        answer: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:  # out of memory or time, or a crash in a decoder
+        raise MediaError("is damaged, or takes too much memory to read") from None
+    if "problem" in answer:
+        raise MediaError(answer["problem"])
+    return Media(**answer)
+
+
+def read_frames(path: Path, *, width: int, height: int, num_frames: int) -> Any:
+    """Decode all frames of a picture or video.
+
+    Args:
+        num_frames: As many must be there; no more are decoded.
+
+    Returns:
+        uint8 RGB (num_frames, height, width, 3).
+
+    Raises:
+        MediaError: It is damaged, or of another size or length.
+    """
+    import numpy as np
+
+    kind = _kind(path)
+    frames = [_read_picture(path)] if kind in PICTURES else _read_video(path, kind, (width, height), num_frames)
+    for frame in frames:
+        if frame.shape != (height, width, 3):
+            raise MediaError(f"has a frame of {frame.shape[1]}x{frame.shape[0]}, not {width}x{height}")
+    if len(frames) != num_frames:
+        raise MediaError(f"has {len(frames)} frames that can be decoded, not {num_frames}")
+    return np.stack(frames)
+
+
+def _kind(path: Path) -> str:
+    with path.open("rb") as file:
+        kind = kind_of_media(file.read(16))
+    if kind is None:
+        raise MediaError("is no picture or video that is read here")
+    return kind
+
+
+def _inspect_picture(path: Path, kind: str) -> Media:
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = None  # this process decodes nothing, and judges the size itself
+    if kind == "webp":
+        width, height = _webp_size(path)
+    else:
+        try:
+            with Image.open(path, formats=[kind.upper()]) as image:
+                width, height = image.size
+                if getattr(image, "n_frames", 1) > 1:
+                    raise MediaError("is an animation; send it as MP4 or WebM")
+                # of a PNG this would decode all of it
+                if kind == "jpeg" and image.getexif().get(_ORIENTATION, 1) != 1:
+                    raise MediaError("is stored turned or mirrored (its Exif orientation says so); store it upright")
+        except (OSError, ValueError, SyntaxError) as error:
+            raise MediaError(f"is a damaged picture: {str(error).replace(str(path), 'file')[:100]}") from None
+    return Media(kind=kind, width=width, height=height, num_frames=1, fps=None)
+
+
+def _webp_size(path: Path) -> tuple[int, int]:
+    """From the header: the library allocates the whole canvas to tell it."""
+    with path.open("rb") as file:
+        head = file.read(30)
+    chunk, body = head[12:16], head[20:]
+    if len(head) < 30:
+        raise MediaError("is a damaged picture: cut off")
+    if chunk == b"VP8X":
+        if body[0] & 0x02:
+            raise MediaError("is an animation; send it as MP4 or WebM")
+        return 1 + int.from_bytes(body[4:7], "little"), 1 + int.from_bytes(body[7:10], "little")
+    if chunk == b"VP8L" and body[0] == 0x2F:
+        bits = int.from_bytes(body[1:5], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if chunk == b"VP8 " and body[3:6] == b"\x9d\x01\x2a":
+        return int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(body[8:10], "little") & 0x3FFF
+    raise MediaError("is a damaged picture")
+
+
+def _read_picture(path: Path) -> Any:
+    import numpy as np
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=[kind.upper() for kind in PICTURES]) as image:
+            if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"):
+                raise MediaError(f"has pixels of mode {image.mode}; allowed: 8 bits a channel")
+            if image.mode in ("LA", "RGBA") or "transparency" in image.info:
+                lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
+                if lowest != 255:
+                    raise MediaError("has transparent pixels; allowed: opaque ones")
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise MediaError(f"is a damaged picture: {str(error).replace(str(path), 'file')[:100]}") from None
+
+
+def _open_video(path: Path, kind: str) -> Any:
+    import av
+
+    # The format is named, so that no playlist is taken for a video, and nothing but this file is opened.
+    return av.open(str(path), format=kind, options={"protocol_whitelist": "file"})
+
+
+def _video_stream(source: Any) -> Any:
+    if len(source.streams.video) != 1:
+        raise MediaError(f"has {len(source.streams.video)} video streams; allowed: one")
+    stream = source.streams.video[0]
+    name = stream.codec_context.name
+    if name not in _CODECS:
+        raise MediaError(f"is coded as {name[:40]}; allowed: {', '.join(_CODECS)}")
+    if not 0 < stream.codec_context.width * stream.codec_context.height <= MAX_PIXELS:
+        raise MediaError(f"has frames of {stream.codec_context.width}x{stream.codec_context.height}")
+    return stream
+
+
+def _inspect_video(path: Path, kind: str, max_frames: int) -> Media:
+    import av
+
+    try:
+        with _open_video(path, kind) as source:
+            stream = _video_stream(source)
+            rate = stream.average_rate or stream.guessed_rate
+            if not rate:
+                raise MediaError("does not say its frame rate")
+            count = 0
+            for packet in source.demux(stream):
+                count += packet.size > 0
+                if count > max_frames:
+                    raise MediaError(f"has more than the {max_frames} frames that can be used")
+            if not count:
+                raise MediaError("has no frames")
+            context = stream.codec_context
+            size = {"width": context.width, "height": context.height}
+            return Media(kind=kind, num_frames=count, fps=float(rate), **size)
+    except av.FFmpegError as error:
+        raise MediaError(f"is a damaged video: {error.strerror or 'it cannot be read'}") from None
+
+
+def _read_video(path: Path, kind: str, size: tuple[int, int], num_frames: int) -> list[Any]:
+    import av
+
+    from medsora.video_io import rgb_of
+
+    frames: list[Any] = []
+    try:
+        with _open_video(path, kind) as source:
+            stream = _video_stream(source)
+            stream.codec_context.thread_count = 1
+            for frame in source.decode(stream):
+                if (frame.width, frame.height) != size:  # before it is converted: a frame may grow midway
+                    raise MediaError(f"has a frame of {frame.width}x{frame.height}, not {size[0]}x{size[1]}")
+                if len(frames) == num_frames:
+                    raise MediaError(f"has more than {num_frames} frames")
+                frames.append(rgb_of(frame))
+    except av.FFmpegError as error:
+        raise MediaError(f"is a damaged video: {error.strerror or 'it cannot be decoded'}") from None
+    return frames
+
+
+def _main(path: Path, max_frames: int) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (_LIMIT_BYTES, _LIMIT_BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (_LIMIT_S, _LIMIT_S))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        kind = _kind(path)
+        found = _inspect_picture(path, kind) if kind in PICTURES else _inspect_video(path, kind, max_frames)
+        if found.width * found.height > MAX_PIXELS:
+            raise MediaError(f"has {found.width}x{found.height} pixels, more than are read")
+        answer: dict[str, Any] = vars(found)
+    except MediaError as error:
+        answer = {"problem": str(error)}
+    sys.stdout.write(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]), int(sys.argv[2]))
