@@ -4,6 +4,8 @@ Torch-free. Nothing in it changes between two runs of one request, so that equal
 """
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from medsora.request import GenerationRequest
 
@@ -14,18 +16,21 @@ SYNTHETIC_NOTE = (
 )
 
 
-def clip_metadata(request: GenerationRequest, *, model: str, model_sha256: str) -> dict[str, str]:
+def clip_metadata(
+    request: GenerationRequest, *, model: str, model_sha256: str, source: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Container metadata of one clip, for the writers of :mod:`medsora.video_io`.
 
     Args:
         model: Name of the checkpoint.
         model_sha256: SHA-256 of its ``manifest.json``, which holds the hashes of all its files.
+        source: What became of the picture or video that it was made from (``kind``), and its ``sha256``.
 
     Returns:
         ``title`` and ``description`` for people; ``comment``, JSON that names everything the clip depends on.
         ``digital_source_type`` is the IPTC term for media made by a trained model.
     """
-    origin = {
+    origin: dict[str, Any] = {
         "synthetic": True,
         "digital_source_type": "trainedAlgorithmicMedia",
         "model": model,
@@ -39,6 +44,8 @@ def clip_metadata(request: GenerationRequest, *, model: str, model_sha256: str) 
         "guidance_scale": request.guidance_scale,
         "sampler": request.sampler,
     }
+    if source is not None:
+        origin |= {"prefix_frames": request.prefix_frames, "strength": request.strength, "source": dict(source)}
     return {
         "title": f"Synthetic video: {request.label}",
         "comment": json.dumps(origin, sort_keys=True),

@@ -36,6 +36,8 @@ from server.keys.limits import Limits, RequestLimiter, TenantLimits
 from server.keys.repository import KeyRepository
 from server.observability import HttpMetrics, RequestMiddleware
 from server.settings import Settings
+from server.sources.repository import SourceRepository
+from server.sources.service import SourceService
 from server.storage import ArtifactStore
 
 __all__ = ["create_app"]
@@ -81,13 +83,22 @@ def create_app(settings: Settings) -> FastAPI:
         follower = Follower(
             events, repository, interval_s=settings.events_interval_s, max_streams=settings.max_event_streams
         )
+        file_service = FileService(files, FileStore(settings.files_dir), min_free_bytes=settings.min_free_bytes)
         app.state.services = Services(
             settings=settings,
             database=database,
             catalogue=catalogue,
             store=store,
             jobs=jobs,
-            files=FileService(files, FileStore(settings.files_dir), min_free_bytes=settings.min_free_bytes),
+            sources=SourceService(
+                SourceRepository(database),
+                FileStore(settings.sources_dir),
+                jobs=jobs,
+                files=file_service,
+                artifacts=store,
+                max_bytes=settings.max_body_bytes,
+            ),
+            files=file_service,
             batches=BatchService(
                 BatchRepository(database, lease_s=settings.lease_s, limits=limits),
                 files,

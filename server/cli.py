@@ -145,6 +145,7 @@ def reaper() -> None:
     from server.observability import configure_logging
     from server.reaper import Reaper
     from server.settings import SettingsError
+    from server.sources.repository import SourceRepository
     from server.storage import ArtifactStore
 
     configure_logging(settings.log_level)
@@ -186,6 +187,8 @@ def reaper() -> None:
             store=store,
             queue=queue,
             events=EventLog(database),
+            sources=SourceRepository(database),
+            source_store=FileStore(settings.sources_dir),
         ).run(stop)
     finally:
         stop.set()  # or, after an error, the process would go on with half of its work

@@ -12,16 +12,19 @@ from collections.abc import Sequence
 from sqlalchemy.exc import SQLAlchemyError
 
 from server.events.log import EventLog
+from server.files.store import FileStore
 from server.jobs.queue import JobQueue, QueueError
 from server.jobs.repository import JobRepository
 from server.jobs.workers import WorkerRegistry
 from server.settings import Settings
+from server.sources.repository import SourceRepository
 from server.storage import ArtifactStore, StoredFile
 
 __all__ = ["Reaper"]
 
 logger = logging.getLogger(__name__)
 _BATCH = 500
+_UNUSED_S = 3600.0
 
 
 class Reaper:
@@ -40,8 +43,11 @@ class Reaper:
         store: ArtifactStore,
         queue: JobQueue,
         events: EventLog,
+        sources: SourceRepository,
+        source_store: FileStore,
     ) -> None:
         self._settings, self._events = settings, events
+        self._sources, self._source_store = sources, source_store
         self._repository, self._workers, self._store, self._queue = repository, workers, store, queue
         self._next_scan = 0.0  # of the steady clock
 
@@ -109,8 +115,26 @@ class Reaper:
         removed = 0
         while batch := list(itertools.islice(old, _BATCH)):
             removed += self._remove_orphans(batch)
+        removed += self._remove_sources()
         if removed:
             logger.info("removed %d files that belong to no job", removed)
+
+    def _remove_sources(self) -> int:
+        """Remove what no job is made from any more; younger than an hour it may be about to be."""
+        removed = 0
+        while gone := self._sources.forget_unused(older_than_s=_UNUSED_S, limit=_BATCH):
+            for source_id in gone:
+                self._source_store.remove(source_id)
+            removed += len(gone)
+        # after a crash between the two there are bytes without a row
+        old = (file for file in self._source_store.files() if file.age_s > _UNUSED_S)
+        while batch := list(itertools.islice(old, _BATCH)):
+            known = self._sources.known([file.file_id for file in batch])
+            for file in batch:
+                if file.file_id not in known or file.is_partial:
+                    file.path.unlink(missing_ok=True)
+                    removed += 1
+        return removed
 
     def _remove_orphans(self, files: list[StoredFile]) -> int:
         owners = self._repository.referenced([file.job_id for file in files])

@@ -267,6 +267,11 @@ class Settings(BaseSettings):
         """Folder of the uploaded files and of those made for batches."""
         return self.data_dir / "files"
 
+    @property
+    def sources_dir(self) -> Path:
+        """Folder of the pictures and videos that clips are made from."""
+        return self.data_dir / "sources"
+
     def broker_address(self) -> str:
         """URL of the broker.
 

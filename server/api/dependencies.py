@@ -21,6 +21,7 @@ from server.keys.limits import TenantLimits
 from server.keys.repository import KeyRepository
 from server.observability import HttpMetrics
 from server.settings import Settings
+from server.sources.service import SourceService
 from server.storage import ArtifactStore
 
 __all__ = ["Caller", "CallerDep", "JobServiceDep", "Services", "ServicesDep", "TenantDep", "get_caller"]
@@ -35,6 +36,7 @@ class Services:
     catalogue: Catalogue
     store: ArtifactStore
     jobs: JobService
+    sources: SourceService
     files: FileService
     batches: BatchService
     events: EventLog

@@ -6,10 +6,13 @@ text. All of these end in the same fields here, and a field that cannot be honou
 value asks for nothing.
 """
 
+import base64
+import binascii
 import json
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
+from urllib.parse import unquote
 
 from fastapi import Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -18,9 +21,12 @@ from starlette.datastructures import UploadFile
 from server.api.handlers import first_problem
 from server.errors import RequestRefusedError, ServiceError
 from server.jobs.service import VideoOrder
+from server.sources.service import SourceOrder
 
 __all__ = [
     "CreateVideoFields",
+    "EditVideoFields",
+    "ExtendVideoFields",
     "Pairs",
     "RemixVideoFields",
     "UnsupportedMediaTypeError",
@@ -28,11 +34,15 @@ __all__ = [
     "is_storable",
     "order_of",
     "parse_object",
+    "read_edit",
+    "read_extension",
     "read_json_object",
     "read_order",
     "read_remix",
 ]
 
+MAX_URL = 20_971_520
+"""Characters of a data: URL, as in OpenAI's contract."""
 MAX_PARTS = 64
 MAX_FILES = 4
 _Fields = TypeVar("_Fields", bound=BaseModel)
@@ -44,6 +54,13 @@ _SIZE = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
 
 class Pairs(list[tuple[str, Any]]):
     """A JSON object as it was written, so that a name given twice is seen, and ``{}`` is not ``[]``."""
+
+
+@dataclass(frozen=True)
+class UploadedPart:
+    """A file that came as part of a form; its name and type are the client's word, and are not kept."""
+
+    content: bytes
 
 
 class UnsupportedMediaTypeError(ServiceError):
@@ -71,6 +88,19 @@ One = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=1)]
 Real = Annotated[float, BeforeValidator(_no_bool)]
 
 
+_REFERENCE_OBJECT: dict[str, Any] = {
+    "type": "object",
+    "properties": {"image_url": {"type": "string", "maxLength": MAX_URL}, "file_id": {"type": "string"}},
+    "additionalProperties": False,
+}
+_VIDEO_OBJECT: dict[str, Any] = {
+    "type": "object",
+    "properties": {"id": {"type": "string"}},
+    "required": ["id"],
+    "additionalProperties": False,
+}
+
+
 class CreateVideoFields(BaseModel):
     """Fields of a new video. What is allowed for a model is listed in GET /v1/models."""
 
@@ -94,6 +124,53 @@ class CreateVideoFields(BaseModel):
     fps: Real | None = Field(None, description="Frames a second; only the model's own rate is possible.")
     n: One | None = Field(None, description="Number of videos; only 1.")
     num_outputs_per_prompt: One | None = Field(None, description="As n; only 1.")
+    input_reference: Any = Field(
+        None,
+        description="What the video begins with: a picture or a short video, of the video's size. A file part, or "
+        "an object with image_url (a data: URL) or file_id.",
+        json_schema_extra={"anyOf": [{"type": "string", "format": "binary"}, _REFERENCE_OBJECT, {"type": "null"}]},
+    )
+    input_reference_url: str | None = Field(None, description="As input_reference.image_url.")
+    reference_url: str | None = Field(None, description="As input_reference.image_url.")
+    image_url: str | None = Field(None, description="As input_reference.image_url.")
+
+
+class _FromVideoFields(BaseModel):
+    """What edits and extensions have in common."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str = Field(description="Name or synonym of one of the model's labels, at most 32000 characters.")
+    video: Any = Field(
+        None,
+        description="The video: a file part (MP4 or WebM), or an object with the id of a completed video.",
+        json_schema_extra={"anyOf": [{"type": "string", "format": "binary"}, _VIDEO_OBJECT, {"type": "null"}]},
+    )
+    video_id: str | None = Field(None, description="Id of a completed video; another way to say video.")
+    model: str | None = Field(None, min_length=1, description="Name of a model; left out: that of the video.")
+    seed: Whole | None = Field(None, description="0 to 2**63-1; left out: drawn and told.")
+    num_inference_steps: Whole | None = Field(None, description="Steps of the sampler; left out: those of the video.")
+    guidance_scale: Real | None = Field(None, description="Strength of guidance; left out: that of the video.")
+    sampler: str | None = Field(None, description="Name of the sampler; left out: that of the video.")
+
+
+class EditVideoFields(_FromVideoFields):
+    """Fields of an edit. Length and size are those of the video."""
+
+    strength: Real | None = Field(
+        None,
+        description="How much is made anew: above 0, where the video stays, below 1, where nothing of it does. "
+        "Default 0.6.",
+    )
+
+
+class ExtendVideoFields(_FromVideoFields):
+    """Fields of an extension. The size is that of the video."""
+
+    seconds: Annotated[str, BeforeValidator(_number_text)] | None = Field(
+        None, description="Length of what is new, in seconds, as text or number."
+    )
+    num_frames: Whole | None = Field(None, description="Frames of what is new; another way to say seconds.")
 
 
 class RemixVideoFields(BaseModel):
@@ -113,12 +190,13 @@ class _Unsupported:
     """Values that ask for nothing, and pass; null, false and what is empty always do."""
 
 
-_NO_PICTURES = "the served checkpoints make videos from a label alone, and cannot begin with a picture or video"
+_OTHER_ENDPOINTS = (
+    "to begin with a picture or video give input_reference; edits and extensions have endpoints of their own"
+)
+_MEDIA = ("input_reference", "video")
+"""Fields that may be a file or an object."""
 _UNSUPPORTED = {
-    **dict.fromkeys(
-        ("input_reference", "input_reference_url", "reference_url", "image", "image_url", "video", "video_id"),
-        _Unsupported(_NO_PICTURES),
-    ),
+    **dict.fromkeys(("image", "video", "video_id"), _Unsupported(_OTHER_ENDPOINTS)),
     "characters": _Unsupported("the served checkpoints have no characters"),
     "negative_prompt": _Unsupported("the models are conditioned on labels and have no negative prompt"),
     "flow_shift": _Unsupported("the schedule of the sampler is fixed by the checkpoint", (1.0,)),
@@ -136,25 +214,130 @@ _UNSUPPORTED = {
 """Fields known from OpenAI or servers of this kind -> why they are refused."""
 
 
-async def read_order(request: Request) -> VideoOrder:
-    """Read and check the body of a new video.
+async def read_order(request: Request) -> tuple[VideoOrder, SourceOrder | None]:
+    """Read and check the body of a new video; returns also what it is to begin with.
 
     Raises:
         ServiceError: It is of no known type, cannot be parsed, or has a field that is unknown, given twice,
             of a wrong type, or cannot be honoured. The error names the field.
     """
-    return order_of(await _read_pairs(request))
+    return _order_and_source(await _read_pairs(request))
 
 
 def order_of(pairs: list[tuple[str, Any]]) -> VideoOrder:
-    """Check the fields of a new video, whether they came in a request or in a line of a batch.
+    """Check the fields of a line of a batch.
 
     Raises:
-        RequestRefusedError: As :func:`read_order`.
+        RequestRefusedError: As :func:`read_order`; also for what begins with a picture or video.
     """
+    order, source = _order_and_source(pairs)
+    if source is not None:
+        raise _refused(source.field, f"{source.field}: is not supported in batches; ask for the video by itself")
+    return order
+
+
+def _order_and_source(pairs: list[tuple[str, Any]]) -> tuple[VideoOrder, SourceOrder | None]:
     checked = _check(CreateVideoFields, _collect(pairs))
-    values = checked.model_dump(exclude={"size", "n", "num_outputs_per_prompt"})
-    return VideoOrder(size=_parse_size(checked.size), **values)
+    urls = ("input_reference_url", "reference_url", "image_url")
+    values = checked.model_dump(exclude={"size", "n", "num_outputs_per_prompt", "input_reference", *urls})
+    order = VideoOrder(size=_parse_size(checked.size), **values)
+    given = {name: getattr(checked, name) for name in ("input_reference", *urls) if getattr(checked, name) is not None}
+    if len(given) > 1:
+        other = list(given)[1]
+        raise _refused(other, f"{other}: says the same as {next(iter(given))}; allowed: one of them")
+    for name, value in given.items():
+        return order, _reference(name, value)
+    return order, None
+
+
+async def read_edit(request: Request) -> tuple[VideoOrder, SourceOrder, float | None]:
+    """Read and check the body of an edit; returns also the video and the strength.
+
+    Raises:
+        ServiceError: As :func:`read_order`; also for a field that an edit takes from the video.
+    """
+    checked = _check(EditVideoFields, _collect_from_video(EditVideoFields, await _read_pairs(request)))
+    values = checked.model_dump(exclude={"video", "video_id", "strength"})
+    return VideoOrder(**values), _video(checked), checked.strength
+
+
+async def read_extension(request: Request) -> tuple[VideoOrder, SourceOrder]:
+    """Read and check the body of an extension; returns also the video.
+
+    Raises:
+        ServiceError: As :func:`read_order`; also for a field that an extension takes from the video.
+    """
+    checked = _check(ExtendVideoFields, _collect_from_video(ExtendVideoFields, await _read_pairs(request)))
+    if checked.seconds is not None and checked.num_frames is not None:
+        raise _refused("num_frames", "num_frames: says the same as seconds; allowed: one of them")
+    return VideoOrder(**checked.model_dump(exclude={"video", "video_id"})), _video(checked)
+
+
+def _collect_from_video(model: type[_FromVideoFields], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for name, _ in pairs:
+        if name in CreateVideoFields.model_fields and name not in model.model_fields:
+            raise _refused(name, f"{name}: is taken from the video; allowed: {', '.join(model.model_fields)}")
+    return _collect(pairs, model=model)
+
+
+def _reference(field: str, value: Any) -> SourceOrder:
+    """What a video begins with."""
+    if isinstance(value, UploadedPart):
+        return SourceOrder(field=field, content=value.content)
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        value = _parse_json(value.encode(), what=field)
+    if isinstance(value, str):
+        return SourceOrder(field=field, content=_from_data_url(field, value))
+    parts = _members(field, value, ("image_url", "file_id"))
+    if len(parts) != 1:
+        raise _refused(field, f"{field}: must have image_url or file_id, and not both")
+    if "file_id" in parts:
+        return SourceOrder(field=field, file_id=parts["file_id"])
+    return SourceOrder(field=field, content=_from_data_url(field, parts["image_url"]))
+
+
+def _video(fields: _FromVideoFields) -> SourceOrder:
+    """The video of an edit or extension."""
+    value = fields.video
+    if isinstance(value, UploadedPart) and not value.content and fields.video_id is not None:
+        value = None  # clients that can send the id only beside a file send an empty one
+    if value is not None and fields.video_id is not None:
+        raise _refused("video_id", "video_id: says the same as video; allowed: one of them")
+    if isinstance(value, UploadedPart):
+        return SourceOrder(field="video", content=value.content)
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        value = _parse_json(value.encode(), what="video")
+    video_id = fields.video_id if value is None else _members("video", value, ("id",)).get("id")
+    if video_id is None:
+        raise _refused("video", "video: is required: a file, or an object with the id of a completed video")
+    return SourceOrder(field="video", video_id=video_id)
+
+
+def _members(field: str, value: Any, allowed: tuple[str, ...]) -> dict[str, str]:
+    """An object of texts."""
+    value = _plain(value)
+    if not isinstance(value, dict):
+        raise _refused(field, f"{field}: must be a file, or an object with {' or '.join(allowed)}")
+    for name, member in value.items():
+        if name not in allowed or not isinstance(member, str):
+            raise _refused(field, f"{field}: may have {' or '.join(allowed)}, as text; got {name[:80]!r}")
+    return value
+
+
+def _from_data_url(field: str, url: str) -> bytes:
+    """The bytes that a data: URL holds."""
+    if len(url) > MAX_URL:
+        raise _refused(field, f"{field}: has {len(url)} characters; allowed: up to {MAX_URL}")
+    head, comma, text = url.partition(",")
+    if not head.lower().startswith("data:"):
+        message = f"{field}: is no data: URL; other addresses are not fetched: send the file, or a data: URL of it"
+        raise _refused(field, message)
+    if not (comma and head.lower().endswith(";base64")):
+        raise _refused(field, f"{field}: must be a data: URL in base64, such as data:image/png;base64,...")
+    try:
+        return base64.b64decode(unquote(text), validate=True)
+    except (binascii.Error, ValueError):
+        raise _refused(field, f"{field}: is no valid base64") from None
 
 
 async def read_remix(request: Request) -> str:
@@ -260,10 +443,12 @@ async def _form_pairs(request: Request) -> list[tuple[str, Any]]:
     async with request.form(max_files=MAX_FILES, max_fields=MAX_PARTS) as form:
         pairs: list[tuple[str, Any]] = []
         for name, value in form.multi_items():
-            base, nested = _unflatten(name, value)
-            if isinstance(value, UploadFile) and base not in _UNSUPPORTED:
-                raise _refused(base, f"{base[:80]}: must be text, got a file")
-            pairs.append((base, nested))
+            if isinstance(value, UploadFile):
+                if name not in _MEDIA:
+                    raise _refused(name, f"{name[:80]}: must be text, got a file")
+                pairs.append((name, UploadedPart(await value.read())))
+                continue
+            pairs.append(_unflatten(name, value))
         return pairs
 
 
@@ -277,28 +462,33 @@ def _unflatten(name: str, value: Any) -> tuple[str, Any]:
     return match["base"], value
 
 
-def _collect(pairs: list[tuple[str, Any]], *, inside: str = "") -> dict[str, Any]:
+def _collect(
+    pairs: list[tuple[str, Any]], *, model: type[BaseModel] = CreateVideoFields, inside: str = ""
+) -> dict[str, Any]:
     """Fields by name, with nested ones lifted; refuses what is unknown, unsupported or given twice."""
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in _NESTED and not inside:
             if value is None:
                 continue
-            for nested_name, nested_value in _nested(name, value).items():
+            for nested_name, nested_value in _nested(name, value, model).items():
                 _put(fields, nested_name, nested_value)
             continue
         if not is_storable(name):
             raise RequestRefusedError("A field has a name that is no text.", code="unknown_field")
-        if name in _UNSUPPORTED:
+        if name in _UNSUPPORTED and name not in model.model_fields:
             if _asks_for_something(value, _UNSUPPORTED[name].neutral):
                 raise _refused(name, f"{name}: is not supported: {_UNSUPPORTED[name].reason}")
             continue
-        if name not in CreateVideoFields.model_fields:
-            allowed = ", ".join(CreateVideoFields.model_fields)
+        if name not in model.model_fields:
+            allowed = ", ".join(model.model_fields)
             raise RequestRefusedError(
                 f"{name[:80]}: is not a known field; allowed: {allowed}", param=name[:80], code="unknown_field"
             )
-        if isinstance(value, list):
+        if name in _MEDIA:
+            if not _asks_for_something(value, ()):
+                continue
+        elif isinstance(value, list):
             kind = "an object" if isinstance(value, Pairs) else "a list"
             raise _refused(name, f"{name}: must be one value, got {kind}")
         _put(fields, name, value)
@@ -320,12 +510,12 @@ def _asks_for_something(value: Any, neutral: tuple[str | float, ...]) -> bool:
     return value is not None and value is not False and value != []
 
 
-def _nested(name: str, value: Any) -> dict[str, Any]:
+def _nested(name: str, value: Any, model: type[BaseModel]) -> dict[str, Any]:
     if isinstance(value, str):
         value = _parse_json(value.encode(), what=name)
     if not isinstance(value, Pairs):
         raise _refused(name, f"{name}: must be a JSON object")
-    return _collect(value, inside=name)
+    return _collect(value, model=model, inside=name)
 
 
 def _put(fields: dict[str, Any], name: str, value: Any) -> None:

@@ -10,6 +10,7 @@ from server.checkpoints import ServedCheckpoint
 from server.files.repository import FileRecord
 from server.jobs.model import JobStatus
 from server.jobs.repository import JobRecord
+from server.sources.model import SourceKind
 
 __all__ = [
     "BatchList",
@@ -82,6 +83,10 @@ class VideoObject(BaseModel):
     sampler: str
     inference_time_s: float | None = Field(description="Seconds of the sampler and decoder.")
     sha256: str | None = Field(description="SHA-256 of the MP4 file.")
+    source: Literal["reference", "edit", "extension"] | None = Field(
+        description="What became of the picture or video that it was made from; null: from a label alone."
+    )
+    source_video_id: str | None = Field(description="The video that it was made from, where that was no upload.")
 
     @classmethod
     def of(cls, job: JobRecord) -> "VideoObject":
@@ -116,6 +121,8 @@ class VideoObject(BaseModel):
             sampler=job.sampler,
             inference_time_s=job.sampling_s,
             sha256=job.sha256,
+            source=None if job.source_kind is None else SourceKind(job.source_kind).value,
+            source_video_id=job.source_video,
         )
 
 
@@ -146,7 +153,7 @@ class FileObject(BaseModel):
     created_at: int = Field(description="Unix seconds.")
     expires_at: int | None = Field(description="Unix seconds; null: kept until it is deleted.")
     filename: str
-    purpose: Literal["batch", "batch_output"]
+    purpose: Literal["batch", "vision", "batch_output"]
     status: Literal["processed"] = "processed"
     sha256: str = Field(description="SHA-256 of the bytes.")
 
@@ -315,6 +322,9 @@ class ModelLimits(BaseModel):
     guidance_scale: Range = Field(description="Of all samplers but shortcut.")
     samplers: list[str]
     shortcut: ModelShortcut | None = Field(description="Null where there is no such sampler.")
+    clean_prefixes: bool = Field(description="Whether videos can begin with given frames, be extended, and be longer.")
+    max_frames: int = Field(description="Frames of the longest video.")
+    max_seconds: str
 
 
 class ModelObject(BaseModel):
@@ -367,6 +377,9 @@ class ModelObject(BaseModel):
                     if limits.shortcut_steps
                     else None
                 ),
+                clean_prefixes=limits.clean_prefixes,
+                max_frames=limits.longest,
+                max_seconds=manifest.seconds_for(limits.longest),
             ),
         )
 

@@ -1,5 +1,6 @@
 """/v1/videos: OpenAI's video contract."""
 
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
@@ -7,7 +8,16 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 
 from server.api.dependencies import JobServiceDep, ServicesDep, TenantDep
-from server.api.fields import CreateVideoFields, RemixVideoFields, read_order, read_remix
+from server.api.fields import (
+    CreateVideoFields,
+    EditVideoFields,
+    ExtendVideoFields,
+    RemixVideoFields,
+    read_edit,
+    read_extension,
+    read_order,
+    read_remix,
+)
 from server.api.openapi import error_responses, links, request_body
 from server.api.ranges import check_range
 from server.api.schemas import DeletedVideo, VideoList, VideoObject
@@ -37,26 +47,48 @@ _LINKS = links("video_id", "get_video", "delete_video", "remix_video", "get_cont
     openapi_extra=request_body(CreateVideoFields, *_CONTENT_TYPES),
     responses={**_LINKS, **error_responses(400, 413, 415, 429, 503)},
 )
-async def create_video(request: Request, jobs: JobServiceDep, tenant: TenantDep) -> VideoObject:
+async def create_video(request: Request, services: ServicesDep, tenant: TenantDep) -> VideoObject:
     """Ask for a video. The answer comes at once; ask for the video by its id until it is completed."""
-    order = await read_order(request)
-    return VideoObject.of(await run_in_threadpool(jobs.submit, tenant, order))
+    order, source = await read_order(request)
+    if source is None:
+        return VideoObject.of(await run_in_threadpool(services.jobs.submit, tenant, order))
+    return VideoObject.of(await run_in_threadpool(services.sources.begin_with, tenant, order, source))
 
 
-@router.post("/edits", include_in_schema=False)
-@router.post("/extensions", include_in_schema=False)
+@router.post(
+    "/edits",
+    openapi_extra=request_body(EditVideoFields, *_CONTENT_TYPES),
+    responses={**_LINKS, **error_responses(400, 404, 409, 413, 415, 429, 503)},
+)
+async def edit_video(request: Request, services: ServicesDep, tenant: TenantDep) -> VideoObject:
+    """Ask for a video made anew in part, with another label: the more, the nearer strength is to 1."""
+    order, source, strength = await read_edit(request)
+    edit = partial(services.sources.edit, tenant, order, source, strength=strength)
+    return VideoObject.of(await run_in_threadpool(edit))
+
+
+@router.post(
+    "/extensions",
+    openapi_extra=request_body(ExtendVideoFields, *_CONTENT_TYPES),
+    responses={**_LINKS, **error_responses(400, 404, 409, 413, 415, 429, 503)},
+)
+async def extend_video(request: Request, services: ServicesDep, tenant: TenantDep) -> VideoObject:
+    """Ask for a video that goes on where another ends. What comes is one video of both."""
+    order, source = await read_extension(request)
+    return VideoObject.of(await run_in_threadpool(services.sources.extend, tenant, order, source))
+
+
 @router.post("/characters", include_in_schema=False)
-async def refuse_other_sources(request: Request, services: ServicesDep) -> VideoObject:
-    """Parts of OpenAI's contract that start from a video or picture: the served checkpoints cannot, and it is said."""
+async def refuse_characters(request: Request, services: ServicesDep) -> VideoObject:
+    """A part of OpenAI's contract that the served checkpoints do not have, and it is said."""
     async for _ in request.stream():  # a client that still sends would not hear the answer
         pass
-    what = request.url.path.rpartition("/")[2]
     models = ", ".join(services.catalogue.names)
     raise RequestRefusedError(
-        f"{what}: the served checkpoints ({models}) make videos from a label alone and cannot start from a video or "
-        "picture; allowed: POST /v1/videos, and POST /v1/videos/{video_id}/remix for the same seed with another label",
+        f"characters: the served checkpoints ({models}) have no characters; to begin with a picture or video give "
+        "input_reference to POST /v1/videos",
         param="video",
-        code=f"{what}_not_supported",
+        code="characters_not_supported",
     )
 
 

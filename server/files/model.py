@@ -10,8 +10,8 @@ from server.jobs.model import Base
 
 __all__ = ["PURPOSES", "UPLOAD_PURPOSES", "File", "is_file_id", "new_file_id"]
 
-UPLOAD_PURPOSES = ("batch",)
-"""What a client may upload a file for."""
+UPLOAD_PURPOSES = ("batch", "vision")
+"""What a client may upload a file for: a batch, or a picture or video that clips are made from."""
 PURPOSES = (*UPLOAD_PURPOSES, "batch_output")
 """What files are there for; the last ones are made by the server."""
 

@@ -41,6 +41,7 @@ class FoundFile:
     path: Path
     file_id: str
     age_s: float
+    is_partial: bool
 
 
 class FileStore:
@@ -90,7 +91,7 @@ class FileStore:
                     modified = entry.stat().st_mtime
                 except FileNotFoundError:
                     continue
-                yield FoundFile(Path(entry.path), match["id"], now - modified)
+                yield FoundFile(Path(entry.path), match["id"], now - modified, match["part"] is not None)
 
 
 class FileWriter:

@@ -102,6 +102,18 @@ class Job(Base):
     remixed_from: Mapped[str | None] = mapped_column(String(64))
     """Id of the job whose seed and settings it took; that job may be gone."""
 
+    # what it is made from, beside the label
+    source_kind: Mapped[str | None] = mapped_column(String(16))
+    """Of :class:`server.sources.model.SourceKind`; None: from a label alone."""
+    source_id: Mapped[str | None] = mapped_column(String(64), index=True)
+    """Of :class:`server.sources.model.Source`."""
+    source_video: Mapped[str | None] = mapped_column(String(64))
+    """Id of the job whose video that is; that job may be gone. None: it was uploaded."""
+    prefix_frames: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
+    """Frames that the sampler goes on from: of a reference all, of an extension the last ones of the source."""
+    strength: Mapped[float] = mapped_column(Double, default=1.0, server_default="1")
+    """Of an edit: time that the source is put back to."""
+
     # who works on it
     attempt: Mapped[int] = mapped_column(Integer, default=0)
     """Number of claims so far, and the fencing token of the newest one."""

@@ -87,6 +87,11 @@ class JobRecord:
     guidance_scale: float
     sampler: str
     remixed_from: str | None
+    source_kind: str | None
+    source_id: str | None
+    source_video: str | None
+    prefix_frames: int
+    strength: float
     attempt: int
     handed_back: int
     lease_until: float | None

@@ -7,7 +7,7 @@ from typing import Any
 
 from medsora.errors import RequestError
 from medsora.manifest import Manifest
-from medsora.request import frames_for_seconds, random_seed, resolve_label, resolve_request
+from medsora.request import frames_for_seconds, no_clean_prefixes, random_seed, resolve_label, resolve_request
 from server.checkpoints import Catalogue, ServedCheckpoint
 from server.errors import (
     NotFoundError,
@@ -47,6 +47,12 @@ class VideoOrder:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     sampler: str | None = None
+    prefix_frames: int = 0
+    """Given frames that the clip goes on from."""
+    strength: float = 1.0
+    """Below 1: of an edit."""
+    source_field: str = "input_reference"
+    """Field that the given frames come in, for messages."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ class JobService:
             QuotaExceededError: The tenant may have no more today, or must not let more wait.
             UnavailableError: Too little room on the disk.
         """
-        return self._accept(self.resolve(tenant, order))
+        return self.accept(self.resolve(tenant, order))
 
     def resolve(self, tenant: str, order: VideoOrder) -> dict[str, Any]:
         """The columns of the job that would be made of an order. Nothing is accepted yet.
@@ -121,10 +127,22 @@ class JobService:
             num_inference_steps=source.num_inference_steps,
             guidance_scale=source.guidance_scale,
             sampler=source.sampler,
+            prefix_frames=source.prefix_frames,
+            strength=source.strength,
         )
-        return self._accept({**self.resolve(tenant, order), "remixed_from": source.id})
+        same = {name: getattr(source, name) for name in ("source_kind", "source_id", "source_video")}
+        return self.accept({**self.resolve(tenant, order), **same, "remixed_from": source.id})
 
-    def _accept(self, values: dict[str, Any]) -> JobRecord:
+    def manifest(self, model: str | None) -> Manifest:
+        """What the model of that name, or the default one, says of itself.
+
+        Raises:
+            RequestRefusedError: There is none.
+        """
+        return self._find_checkpoint(model).manifest
+
+    def accept(self, values: dict[str, Any]) -> JobRecord:
+        """Accept the job of columns that were resolved; see :meth:`submit`."""
         if self._store.free_bytes() < self._min_free_bytes:
             raise UnavailableError(
                 "There is too little free disk space to take more jobs.", code="storage_full", retry_after_ms=10_000
@@ -244,9 +262,11 @@ def _resolve(checkpoint: ServedCheckpoint, order: VideoOrder) -> dict[str, Any]:
             num_inference_steps=order.num_inference_steps,
             guidance_scale=order.guidance_scale,
             sampler=order.sampler,
+            prefix_frames=order.prefix_frames,
+            strength=order.strength,
         )
     except RequestError as error:
-        raise _refusal(error, order) from None
+        raise _refusal(error, order, manifest) from None
     return {
         "model": checkpoint.name,
         "prompt": order.prompt,
@@ -260,6 +280,8 @@ def _resolve(checkpoint: ServedCheckpoint, order: VideoOrder) -> dict[str, Any]:
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": request.guidance_scale,
         "sampler": request.sampler,
+        "prefix_frames": request.prefix_frames,
+        "strength": request.strength,
     }
 
 
@@ -284,11 +306,17 @@ def _frames(manifest: Manifest, order: VideoOrder) -> int | None:
     return frames
 
 
-def _refusal(error: RequestError, order: VideoOrder) -> RequestRefusedError:
+def _refusal(error: RequestError, order: VideoOrder, manifest: Manifest) -> RequestRefusedError:
     """The error in the client's words: a label is asked for by the prompt, a size may come as two numbers."""
     param, message = error.field, error.message
     if param == "label":
         param, message = "prompt", "prompt" + message.removeprefix("label")
+    elif param == "prefix_frames":
+        param = order.source_field
+        if not manifest.limits.clean_prefixes:
+            message = f"{param}: {no_clean_prefixes(manifest)}"
+            return RequestRefusedError(message, param=param, code=f"{param}_not_supported")
+        message = param + message.removeprefix("prefix_frames")
     elif param == "size" and order.size is None:
         param = "width" if order.width is not None else "height"
     return RequestRefusedError(message, param=param, code=f"invalid_{param}")

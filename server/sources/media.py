@@ -1,7 +1,7 @@
-"""Pictures and videos from outside, read with bounds: what they say of themselves, and their frames.
+"""Pictures and videos from outside: what they say of themselves, read with bounds.
 
-None of it runs in the API process. :func:`inspect` is called there: it runs this module as a child with little memory
-and time, which reads headers and counts packets, and decodes nothing. Frames are decoded by the worker.
+The API process opens none of them: :func:`inspect` runs this module as a child with little memory and time, which reads
+headers and counts packets, and decodes nothing. Frames are decoded by the worker (``server/worker/sources.py``).
 """
 
 import json
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MEDIA_TYPES", "Media", "MediaError", "inspect", "kind_of_media", "read_frames"]
+__all__ = ["MEDIA_TYPES", "Media", "MediaError", "inspect", "kind_of_media", "open_video", "read_kind", "video_stream"]
 
 MAX_PIXELS = 4096 * 4096
 """Of a frame; no model comes near it."""
@@ -73,7 +73,9 @@ def inspect(path: Path, *, max_frames: int) -> Media:
 
     Raises:
         MediaError: It is no picture or video that is read here, damaged, or too large.
+        FileNotFoundError: It is gone.
     """
+    path.stat()  # for what the child would not tell apart
     command = [sys.executable, "-m", "server.sources.media", str(path), str(max_frames)]
     try:
         done = subprocess.run(command, capture_output=True, timeout=_LIMIT_S, check=False, stdin=subprocess.DEVNULL)
@@ -88,31 +90,12 @@ def inspect(path: Path, *, max_frames: int) -> Media:
     return Media(**answer)
 
 
-def read_frames(path: Path, *, width: int, height: int, num_frames: int) -> Any:
-    """Decode all frames of a picture or video.
-
-    Args:
-        num_frames: As many must be there; no more are decoded.
-
-    Returns:
-        uint8 RGB (num_frames, height, width, 3).
+def read_kind(path: Path) -> str:
+    """Kind of media of a file.
 
     Raises:
-        MediaError: It is damaged, or of another size or length.
+        MediaError: It is of none.
     """
-    import numpy as np
-
-    kind = _kind(path)
-    frames = [_read_picture(path)] if kind in PICTURES else _read_video(path, kind, (width, height), num_frames)
-    for frame in frames:
-        if frame.shape != (height, width, 3):
-            raise MediaError(f"has a frame of {frame.shape[1]}x{frame.shape[0]}, not {width}x{height}")
-    if len(frames) != num_frames:
-        raise MediaError(f"has {len(frames)} frames that can be decoded, not {num_frames}")
-    return np.stack(frames)
-
-
-def _kind(path: Path) -> str:
     with path.open("rb") as file:
         kind = kind_of_media(file.read(16))
     if kind is None:
@@ -159,31 +142,20 @@ def _webp_size(path: Path) -> tuple[int, int]:
     raise MediaError("is a damaged picture")
 
 
-def _read_picture(path: Path) -> Any:
-    import numpy as np
-    from PIL import Image
-
-    try:
-        with Image.open(path, formats=[kind.upper() for kind in PICTURES]) as image:
-            if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"):
-                raise MediaError(f"has pixels of mode {image.mode}; allowed: 8 bits a channel")
-            if image.mode in ("LA", "RGBA") or "transparency" in image.info:
-                lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
-                if lowest != 255:
-                    raise MediaError("has transparent pixels; allowed: opaque ones")
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise MediaError(f"is a damaged picture: {str(error).replace(str(path), 'file')[:100]}") from None
-
-
-def _open_video(path: Path, kind: str) -> Any:
+def open_video(path: Path, kind: str) -> Any:
+    """PyAV's container of a file of that kind, and of nothing else."""
     import av
 
     # The format is named, so that no playlist is taken for a video, and nothing but this file is opened.
     return av.open(str(path), format=kind, options={"protocol_whitelist": "file"})
 
 
-def _video_stream(source: Any) -> Any:
+def video_stream(source: Any) -> Any:
+    """The one video stream of a container.
+
+    Raises:
+        MediaError: There is another number of them, or it is coded in a way that is not read here.
+    """
     if len(source.streams.video) != 1:
         raise MediaError(f"has {len(source.streams.video)} video streams; allowed: one")
     stream = source.streams.video[0]
@@ -199,8 +171,8 @@ def _inspect_video(path: Path, kind: str, max_frames: int) -> Media:
     import av
 
     try:
-        with _open_video(path, kind) as source:
-            stream = _video_stream(source)
+        with open_video(path, kind) as source:
+            stream = video_stream(source)
             rate = stream.average_rate or stream.guessed_rate
             if not rate:
                 raise MediaError("does not say its frame rate")
@@ -218,34 +190,13 @@ def _inspect_video(path: Path, kind: str, max_frames: int) -> Media:
         raise MediaError(f"is a damaged video: {error.strerror or 'it cannot be read'}") from None
 
 
-def _read_video(path: Path, kind: str, size: tuple[int, int], num_frames: int) -> list[Any]:
-    import av
-
-    from medsora.video_io import rgb_of
-
-    frames: list[Any] = []
-    try:
-        with _open_video(path, kind) as source:
-            stream = _video_stream(source)
-            stream.codec_context.thread_count = 1
-            for frame in source.decode(stream):
-                if (frame.width, frame.height) != size:  # before it is converted: a frame may grow midway
-                    raise MediaError(f"has a frame of {frame.width}x{frame.height}, not {size[0]}x{size[1]}")
-                if len(frames) == num_frames:
-                    raise MediaError(f"has more than {num_frames} frames")
-                frames.append(rgb_of(frame))
-    except av.FFmpegError as error:
-        raise MediaError(f"is a damaged video: {error.strerror or 'it cannot be decoded'}") from None
-    return frames
-
-
 def _main(path: Path, max_frames: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (_LIMIT_BYTES, _LIMIT_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (_LIMIT_S, _LIMIT_S))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        kind = _kind(path)
+        kind = read_kind(path)
         found = _inspect_picture(path, kind) if kind in PICTURES else _inspect_video(path, kind, max_frames)
         if found.width * found.height > MAX_PIXELS:
             raise MediaError(f"has {found.width}x{found.height} pixels, more than are read")

@@ -75,12 +75,13 @@ class ClaimKeeper:
         self._thread.join()
 
     def on_step(self, steps_done: int, num_steps: int) -> None:
-        """Callback of the sampler.
+        """Callback of the sampler. Of a clip in several windows ``num_steps`` counts those of all.
 
         Raises:
             JobCanceled, ClaimLost, WorkerStopping: The sampler must stop now.
         """
-        self._steps_done = steps_done
+        # the row counts those of one window
+        self._steps_done = steps_done * self._claim.job.num_inference_steps // num_steps
         if steps_done == 1 or time.monotonic() - self._renewed_at >= self._progress_interval_s:
             # Those who follow the job look a few times a second: they need not be told of every step.
             announce = steps_done == num_steps or time.monotonic() - self._announced_at >= _ANNOUNCE_EVERY_S

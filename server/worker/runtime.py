@@ -25,10 +25,12 @@ from medsora.manifest import Manifest
 from medsora.request import GenerationRequest, resolve_request
 from server.checkpoints import Catalogue, ServedCheckpoint
 from server.errors import without_folders
+from server.files.store import FileStore
 from server.jobs.database import Database, migrate
 from server.jobs.repository import JobRepository
 from server.jobs.workers import WorkerRegistry
 from server.settings import Settings
+from server.sources.repository import SourceRepository
 from server.storage import ArtifactStore
 
 if TYPE_CHECKING:
@@ -61,6 +63,7 @@ class WorkerRuntime:
         migrate(self.database)
         self.repository = JobRepository(self.database, lease_s=settings.lease_s, max_attempts=settings.max_attempts)
         self.store = ArtifactStore(settings.artifacts_dir)
+        self.sources, self.source_store = SourceRepository(self.database), FileStore(settings.sources_dir)
         self._registry = WorkerRegistry(self.database, heartbeat_s=settings.worker_heartbeat_s)
         self._pipelines: dict[str, tuple[ServedCheckpoint, VideoPipeline]] = {}
         self._warm_up_s: dict[str, dict[str, float]] = {}

@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import update
 
 from server.events.log import EventLog
+from server.files.store import FileStore
 from server.jobs.database import Database, database_now
 from server.jobs.model import Job, JobStatus, new_job_id
 from server.jobs.queue import JobQueue, QueueError
@@ -16,6 +17,7 @@ from server.jobs.repository import FinishedWork, JobRepository
 from server.jobs.workers import WorkerRegistry
 from server.reaper import Reaper
 from server.settings import Settings
+from server.sources.repository import SourceRepository
 from server.storage import ArtifactStore, Variant
 
 AddJob = Callable[..., str]
@@ -55,9 +57,15 @@ def reaper(
 ) -> Reaper:
     settings = Settings(data_dir=tmp_path, orphan_scan_s=0.001, publish_grace_s=5.0, republish_after_s=10.0)
     workers = WorkerRegistry(database, heartbeat_s=1.0)
-    events = EventLog(database)
     return Reaper(
-        settings, repository=repository, workers=workers, store=store, queue=cast(JobQueue, queue), events=events
+        settings,
+        repository=repository,
+        workers=workers,
+        store=store,
+        queue=cast(JobQueue, queue),
+        sources=SourceRepository(database),
+        source_store=FileStore(settings.sources_dir),
+        events=EventLog(database),
     )
 
 
