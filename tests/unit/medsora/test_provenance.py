@@ -19,8 +19,13 @@ CLIP_WRITERS = [(write_mp4, "clip.mp4"), (write_ffv1, "clip.mkv")]
 def test_it_names_everything_a_clip_depends_on(tiny_checkpoint: Path) -> None:
     request = resolve_request(read_manifest(tiny_checkpoint), label="covid lung", seed=7)
     origin = json.loads(clip_metadata(request, model="tiny", model_sha256="ab12")["comment"])
-    assert {field.name for field in dataclasses.fields(GenerationRequest)} <= set(origin)
-    assert GenerationRequest(**{key: origin[key] for key in dataclasses.asdict(request)}) == request
+    fields = {field.name for field in dataclasses.fields(GenerationRequest)}
+    assert fields - {"prefix_frames", "strength"} <= set(origin)
+    source = {"kind": "reference", "sha256": "cd34"}
+    of_source = json.loads(clip_metadata(request, model="tiny", model_sha256="ab12", source=source)["comment"])
+    assert fields <= set(of_source)
+    assert of_source["source"] == source
+    assert GenerationRequest(**{key: of_source[key] for key in dataclasses.asdict(request)}) == request
     assert (origin["model"], origin["model_sha256"], origin["synthetic"]) == ("tiny", "ab12", True)
 
 

@@ -59,6 +59,8 @@ def test_answer_is_a_queued_video_with_every_choice_made(client: TestClient) -> 
         "sampler": "euler",
         "inference_time_s": None,
         "sha256": None,
+        "source": None,
+        "source_video_id": None,
     }
 
 
@@ -142,7 +144,7 @@ def test_largest_seed_is_kept(client: TestClient) -> None:
         ({"stepz": 3}, "stepz", ("not a known field", "num_inference_steps")),
         ({"label": "covid-convex"}, "label", ("not a known field",)),
         ({"negative_prompt": "blur"}, "negative_prompt", ("not supported", "no negative prompt")),
-        ({"input_reference": {"file_id": "f"}}, "input_reference", ("not supported",)),
+        ({"input_reference": {"file_id": "f"}}, "input_reference", ("trained without clean prefixes", "tiny")),
         ({"metadata": {"a": "b"}}, "metadata", ("not supported",)),
         ({"extra_body": {"seed": 1, "flow_shift": 3}}, "flow_shift", ("not supported",)),
         ({"seed": 1, "extra_params": {"seed": 2}}, "seed", ("more than once",)),
@@ -232,7 +234,7 @@ def test_unsupported_fields_pass_where_they_ask_for_nothing(client: TestClient) 
         ("true_cfg_scale", "nan"),
         ("characters", [{"id": "c"}]),
         ("video", {"id": "v"}),
-        ("image_url", "http://a/b.png"),
+        ("image", "http://a/b.png"),
     ],
 )
 def test_unsupported_fields_that_ask_for_something_are_refused(client: TestClient, name: str, value: Any) -> None:
@@ -265,9 +267,9 @@ def test_flattened_lists_and_objects_are_seen(client: TestClient, name: str, par
     refused(client.post("/v1/videos", files={"prompt": (None, "covid-convex"), name: (None, "1")}), param, part)
 
 
-def test_file_is_refused(client: TestClient) -> None:
+def test_files_are_refused_where_there_can_be_none(client: TestClient) -> None:
     files = {"prompt": (None, "covid-convex"), "input_reference": ("a.png", b"x", "image/png")}
-    refused(client.post("/v1/videos", files=files), "input_reference", "from a label alone")
+    refused(client.post("/v1/videos", files=files), "input_reference", "trained without clean prefixes")
     refused(client.post("/v1/videos", files={"prompt": ("p.txt", b"covid-convex")}), "prompt", "got a file")
 
 

@@ -169,7 +169,7 @@ def test_lists_are_paged(client: TestClient, upload: Callable[..., Any]) -> None
     newest = client.get("/v1/files", params={"limit": 1}).json()
     assert [file["id"] for file in newest["data"]] == [ids[4]]
     assert client.get("/v1/files", params={"purpose": "batch_output"}).json()["data"] == []
-    for params, param in (({"after": "file-1"}, "after"), ({"purpose": "vision"}, "purpose"), ({"limit": 0}, "limit")):
+    for params, param in (({"after": "file-1"}, "after"), ({"purpose": "evals"}, "purpose"), ({"limit": 0}, "limit")):
         answer = client.get("/v1/files", params=params)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 

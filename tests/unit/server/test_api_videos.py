@@ -349,20 +349,11 @@ def test_remix_respects_the_length_of_the_queue(client: TestClient) -> None:
     assert response.headers["x-should-retry"] == "true"
 
 
-@pytest.mark.parametrize("what", ["edits", "extensions", "characters"])
-def test_what_starts_from_a_video_is_refused(client: TestClient, what: str) -> None:
-    response = client.post(f"/v1/videos/{what}", data={"prompt": "x"}, files={"video": ("a.mp4", b"0" * 100_000)})
-    error = response.json()["error"]
-    assert (response.status_code, error["code"], error["type"]) == (
-        400,
-        f"{what}_not_supported",
-        "invalid_request_error",
-    )
-    assert "the served checkpoints (tiny) make videos from a label alone" in error["message"]
-    assert client.get("/v1/videos").json()["data"] == []
-
-
 def test_there_are_no_characters(client: TestClient) -> None:
+    files = {"video": ("a.mp4", b"0" * 100_000)}
+    response = client.post("/v1/videos/characters", data={"prompt": "x"}, files=files)
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "characters_not_supported")
+    assert "the served checkpoints (tiny) have no characters" in response.json()["error"]["message"]
     response = client.get("/v1/videos/characters/char_1")
     assert (response.status_code, response.json()["error"]["code"]) == (404, "character_not_found")
 
@@ -434,6 +425,9 @@ def test_models_tell_labels_and_limits(client: TestClient) -> None:
         "guidance_scale": {"minimum": 1.0, "default": 1.0, "maximum": 10.0},
         "samplers": ["euler", "heun"],
         "shortcut": None,
+        "clean_prefixes": False,
+        "max_frames": 16,
+        "max_seconds": "2",
     }
 
 
