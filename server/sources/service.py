@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from medsora.config import SAMPLERS_OF
 from medsora.files import sync
 from medsora.geometry import CHUNK_FRAMES
 from medsora.manifest import Manifest
@@ -104,7 +105,7 @@ class SourceService:
         """
         manifest = self._jobs.manifest(self._model(tenant, order, source))
         with self._received(tenant, source, most_frames=manifest.limits.longest) as found:
-            order = self._completed(order, found)
+            order = self._completed(order, found, is_edit=True)
             order = replace(
                 order,
                 num_frames=found.media.num_frames,
@@ -133,7 +134,7 @@ class SourceService:
             self._check_video(source.field, found.media, manifest)
             frames = found.media.num_frames
             order = replace(
-                self._completed(order, found),
+                self._completed(order, found, is_edit=False),
                 seconds=None,
                 num_frames=frames + added,
                 prefix_frames=min(frames, context_frames(manifest.limits.window)),
@@ -177,12 +178,14 @@ class SourceService:
             raise NotFoundError(error.message, code=error.code, param=source.field) from None
 
     @staticmethod
-    def _completed(order: VideoOrder, found: _Kept) -> VideoOrder:
+    def _completed(order: VideoOrder, found: _Kept, *, is_edit: bool) -> VideoOrder:
         """The order, with what it leaves open taken from the earlier video where there is one."""
         media, video = found.media, found.video
         order = replace(order, size=(media.width, media.height))
         if video is None or order.model not in (None, video.model):
             return order
+        if is_edit and video.sampler not in SAMPLERS_OF["velocity"]:
+            return replace(order, model=video.model)  # it was made by a sampler that cannot begin midway
         return replace(
             order,
             model=video.model,
