@@ -160,7 +160,6 @@ def test_cancelled_by_many_at_once_through_two_processes(server: "RunningServer"
         "MEDSORA_KEYS": "off",
         "MEDSORA_DATA_DIR": str(server.data_dir),
         "MEDSORA_REDIS_URL": f"redis+socket://{server.data_dir / 'run' / 'redis.sock'}",
-        "MEDSORA_KEYS": "off",
     }
     port = _free_port()
     with (tmp_path / "second.log").open("w") as log:
