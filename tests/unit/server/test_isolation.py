@@ -14,6 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import func, select
 
+from medsora.checkpoint import write_tiny_checkpoint
 from server.api.dependencies import Services
 from server.app import create_app
 from server.jobs.model import Base
@@ -94,15 +95,31 @@ BODIES: dict[str, dict[str, Any]] = {
 }
 """Path -> a body that is right, where one is needed: it must be the object that is missing, and nothing else."""
 
-REFERENCES: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
-    ("/v1/batches", "input_file_id"): ("file_id", {"endpoint": "/v1/videos", "completion_window": "24h"}),
+PROMPT = {"prompt": "covid-convex"}
+REFERENCES: dict[tuple[str, str], tuple[str, Callable[[str], dict[str, Any]]]] = {
+    ("/v1/batches", "input_file_id"): (
+        "file_id",
+        lambda made: {"input_file_id": made, "endpoint": "/v1/videos", "completion_window": "24h"},
+    ),
+    ("/v1/videos", "file_id"): ("file_id", lambda made: {**PROMPT, "input_reference": {"file_id": made}}),
+    ("/v1/videos/edits", "id"): ("video_id", lambda made: {**PROMPT, "video": {"id": made}}),
+    ("/v1/videos/edits", "video_id"): ("video_id", lambda made: {**PROMPT, "video_id": made}),
+    ("/v1/videos/extensions", "id"): ("video_id", lambda made: {**PROMPT, "video": {"id": made}, "seconds": "2"}),
+    ("/v1/videos/extensions", "video_id"): ("video_id", lambda made: {**PROMPT, "video_id": made, "seconds": "2"}),
 }
-"""Path and field that names an object in a body -> what kind of object, and the rest of the body."""
+"""Path and field that names an object in a body -> what kind of object, and such a body."""
+
+
+@pytest.fixture(scope="module")
+def able_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that can begin with given frames: else what is named would be refused unseen."""
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("able") / "tiny", max_frames=64)
 
 
 @pytest.fixture
-def tenants(settings: Settings) -> Iterator[tuple[Tenant, Tenant]]:
-    settings = settings.model_copy(update={"keys": "required", "max_queued_jobs": 1000})
+def tenants(settings: Settings, able_checkpoint: Path) -> Iterator[tuple[Tenant, Tenant]]:
+    changes = {"keys": "required", "max_queued_jobs": 1000, "checkpoints": (str(able_checkpoint),)}
+    settings = settings.model_copy(update=changes)
     with TestClient(create_app(settings)) as client:
         yield Tenant(client, "a"), Tenant(client, "b")
 
@@ -238,13 +255,15 @@ def test_bodies_name_ones_own_alone(tenants: tuple[Tenant, Tenant], document: di
         for content in operation.get("requestBody", {}).get("content", {}).values():
             for field in set(references(content["schema"])) - {"custom_id"}:
                 assert (path, field) in REFERENCES, f"say in REFERENCES what {field} of {path} names"
-                kind, rest = REFERENCES[path, field]
+                kind, body = REFERENCES[path, field]
                 made = MAKERS[kind](owner)
                 unknown = re.sub(r"[0-9a-f]{32}", "0" * 32, made)
-                answers = [stranger.ask(method.upper(), path, json={**rest, field: named}) for named in (made, unknown)]
+                answers = [stranger.ask(method.upper(), path, json=body(named)) for named in (made, unknown)]
                 assert {answer.status_code for answer in answers} <= {400, 404}, path
-                assert answers[0].text.replace(made, "ID") == answers[1].text.replace(unknown, "ID"), path
-                assert owner.ask(method.upper(), path, json={**rest, field: made}).status_code == 200
+                told = [answer.text.replace(made, "ID").replace(unknown, "ID") for answer in answers]
+                assert told[0] == told[1], f"{path} tells that it is there"
+                of_owner = owner.ask(method.upper(), path, json=body(made))
+                assert of_owner.text.replace(made, "ID") != told[0], f"{path} does not find what is the caller's own"
 
 
 def test_keys_of_idempotency_lead_to_ones_own_alone(tenants: tuple[Tenant, Tenant]) -> None:
