@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from medsora.diffusion.guidance import guided
-from medsora.diffusion.path import held
-from medsora.diffusion.samplers import OnStep, Step
+from medsora.diffusion.path import data_between, held
+from medsora.diffusion.samplers import OnStep, Step, Watch
 
 __all__ = ["GraphedFunction", "GraphedMap", "GraphedSampler"]
 
@@ -104,6 +104,7 @@ class GraphedSampler:
         is_known: Bool[Tensor, "b f"] | None = None,
         draw_noise: Callable[[int], Tensor] | None = None,
         on_step: OnStep | None = None,
+        watch: Watch | None = None,
     ) -> Float[Tensor, "b c f h w"]:
         """Carry noise through a plan; as :func:`medsora.diffusion.samplers.sample`, with guidance built in.
 
@@ -139,7 +140,11 @@ class GraphedSampler:
                 if draw_noise is None:
                     raise ValueError("this sampler draws noise at every step: draw_noise must be given")
                 buffers.fresh_noise.copy_(draw_noise(number), non_blocking=True)
+            times = step.times if watch is not None and step.times is not None and watch.wanted() else None
+            before = buffers.x if times is None else buffers.x.clone()
             graph.replay()
+            if watch is not None and times is not None:
+                watch.show(data_between(before, buffers.x, *times))
             if on_step is not None:
                 finished.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
                 finished[-1].record()

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from medsora.checkpoint import LoadedCheckpoint, load_checkpoint
 from medsora.diffusion.guidance import guided
 from medsora.diffusion.path import held, interpolate
-from medsora.diffusion.samplers import SAMPLERS, OnStep, sample
+from medsora.diffusion.samplers import SAMPLERS, OnStep, Watch, sample
 from medsora.errors import BackendError, CheckpointError, VideoError
 from medsora.geometry import CHUNK_FRAMES, TEMPORAL_STRIDE, latent_shape
 from medsora.graphs import GraphedMap, GraphedSampler
@@ -30,7 +30,7 @@ from medsora.request import GenerationRequest
 from medsora.video_io import from_uint8, to_pixels
 from medsora.windows import ClipPlan, Window, plan_clip
 
-__all__ = ["BATCH_SIZES", "COMPILED", "VideoPipeline", "device_named", "initial_noise"]
+__all__ = ["BATCH_SIZES", "COMPILED", "Preview", "VideoPipeline", "device_named", "initial_noise"]
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 COMPILED = ("auto", "on", "off")
@@ -38,6 +38,7 @@ MAX_SHAPES = 64
 """Shapes that may be compiled for in one process; torch's own limit is 8, after which it no longer compiles."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 Frames = UInt8[np.ndarray, "f h w c"]
+Picture = UInt8[np.ndarray, "h w c"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,18 @@ def device_named(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         first_line = str(error).splitlines()[0]
         raise BackendError(f"device {name!r} is not available here: {first_line}") from error
+
+
+class Preview(Protocol):
+    """Somebody who may want to see what clips will look like while they are sampled."""
+
+    def wanted(self) -> bool:
+        """Whether to show the estimate of the step that begins now; asked at every step, so it must be quick."""
+        ...
+
+    def show(self, first: int, pictures: list[Picture]) -> None:
+        """Take a frame from the beginning of each clip (of the window that is sampled), from request ``first`` on."""
+        ...
 
 
 class VideoPipeline:
@@ -170,6 +183,7 @@ class VideoPipeline:
         *,
         sources: Sequence[Frames] | None = None,
         on_step: OnStep | None = None,
+        preview: Preview | None = None,
     ) -> list[Frames]:
         """Generate one clip a request, as one batch.
 
@@ -180,6 +194,7 @@ class VideoPipeline:
                 or of edits: as many frames as their ``source_frames``.
             on_step: Called with (steps done, steps in all) after each step; raise
                 :class:`medsora.errors.GenerationCanceled` in it to stop.
+            preview: Shown the running estimate now and then, where the sampler follows a velocity.
 
         Returns:
             uint8 RGB frames (f h w 3) of each request, in order. Equal requests give equal frames. Given frames are
@@ -203,11 +218,12 @@ class VideoPipeline:
             if is_plain:
                 # what fills a batch up is sampled too, and dropped
                 filled = [*part, *[part[-1]] * (size - count)]
+                watch = self._watch(preview, len(clips), count)
                 with self._lock:
-                    clips += self._generate(filled, reported)[:count]
+                    clips += self._generate(filled, reported, watch)[:count]
             else:
                 given = None if sources is None else sources[len(clips) : len(clips) + count]
-                pieces = list(self._in_windows(part, given, size, reported))
+                pieces = list(self._in_windows(part, given, size, reported, preview, len(clips)))
                 clips += [np.concatenate(of_clip) for of_clip in zip(*pieces, strict=True)]
         return clips
 
@@ -217,6 +233,7 @@ class VideoPipeline:
         *,
         sources: Sequence[Frames] | None = None,
         on_step: OnStep | None = None,
+        preview: Preview | None = None,
     ) -> Iterator[list[Frames]]:
         """As a call, piece by piece: memory does not grow with the length of the clips.
 
@@ -231,7 +248,7 @@ class VideoPipeline:
         parts = self._parts(len(requests))
         if len(parts) != 1:
             raise ValueError(f"at most {parts[0][0]} requests are streamed together, got {len(requests)}")
-        return self._in_windows(requests, sources, parts[0][1], on_step)
+        return self._in_windows(requests, sources, parts[0][1], on_step, preview)
 
     def plan(self, request: GenerationRequest) -> ClipPlan:
         """In which windows the clip is made."""
@@ -300,8 +317,27 @@ class VideoPipeline:
             parts.append((rest, next(size for size in self.batch_sizes if size >= rest)))
         return parts
 
-    def _generate(self, requests: Sequence[GenerationRequest], on_step: OnStep | None) -> list[Frames]:
-        frames, is_finite = self.decode(self.sample_latents(requests, on_step=on_step))
+    def _watch(self, preview: Preview | None, first: int, count: int, *, begin: int = 0) -> Watch | None:
+        """What shows ``preview`` the first ``count`` clips of a batch.
+
+        Args:
+            first: Number of the request that the batch begins with.
+            begin: Latent frame of the window to show: the first that is not known.
+        """
+        if preview is None:
+            return None
+
+        def show(estimate: Tensor) -> None:
+            # decoding is causal: the beginning of a clip needs nothing of what follows
+            pixels, _ = self._decode_pixels(estimate[:count, :, begin : begin + CHUNK_FRAMES // TEMPORAL_STRIDE])
+            preview.show(first, list(pixels[:, -1].cpu().numpy()))
+
+        return Watch(preview.wanted, show)
+
+    def _generate(
+        self, requests: Sequence[GenerationRequest], on_step: OnStep | None, watch: Watch | None
+    ) -> list[Frames]:
+        frames, is_finite = self.decode(self.sample_latents(requests, on_step=on_step, watch=watch))
         if frames.is_cuda:  # one copy, to pinned memory
             on_host = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True)
             frames = on_host.copy_(frames, non_blocking=True)
@@ -334,7 +370,7 @@ class VideoPipeline:
         return predicted.to(x.dtype)
 
     def sample_latents(
-        self, requests: Sequence[GenerationRequest], *, on_step: OnStep | None = None
+        self, requests: Sequence[GenerationRequest], *, on_step: OnStep | None = None, watch: Watch | None = None
     ) -> Float[Tensor, "b c f h w"]:
         """Sample the latents of requests that are alike, as one batch; see :meth:`__call__`. One window, no sources.
 
@@ -343,7 +379,7 @@ class VideoPipeline:
         if not self._is_plain(requests[0]):
             raise ValueError("latents are sampled of clips of one window without sources; stream the others")
         with self._running():
-            return self._sample(requests, on_step)
+            return self._sample(requests, on_step, watch)
 
     def _in_windows(
         self,
@@ -351,11 +387,14 @@ class VideoPipeline:
         sources: Sequence[Frames] | None,
         size: int,
         on_step: OnStep | None,
+        preview: Preview | None = None,
+        number_of_first: int = 0,
     ) -> Iterator[list[Frames]]:
         """Frames of every request, window by window. The lock is free while the caller has the turn.
 
         Args:
             size: Batch that it runs in; what fills it up is dropped.
+            number_of_first: That of the first request, for ``preview``.
         """
         count, spare = len(requests), size - len(requests)
         requests = [*requests, *[requests[-1]] * spare]
@@ -389,7 +428,8 @@ class VideoPipeline:
 
             with self._lock, self._running():
                 edited = None if first.strength == 1 else given
-                latents = self._sample_window(requests, number, window, known, edited, step)
+                watch = self._watch(preview, number_of_first, count, begin=window.known // TEMPORAL_STRIDE)
+                latents = self._sample_window(requests, number, window, known, edited, step, watch)
                 known = latents.clone()
                 pieces = show(known[:, :, window.known // TEMPORAL_STRIDE :])
             yield pieces
@@ -402,6 +442,7 @@ class VideoPipeline:
         known: Tensor | None,
         edited: Tensor | None,
         on_step: OnStep,
+        watch: Watch | None,
     ) -> Tensor:
         """Latents of a window whose first frames are known.
 
@@ -423,7 +464,7 @@ class VideoPipeline:
             return noise
 
         requests = [replace(request, num_frames=window.end - window.begin) for request in requests]
-        return self._sample(requests, on_step, window=number, start=start, is_known=is_known if length else None)
+        return self._sample(requests, on_step, watch, window=number, start=start, is_known=is_known if length else None)
 
     def _encode(self, frames: UInt8[np.ndarray, "b f h w c"], *, fill: int) -> Tensor:
         """Latents of videos, with copies of the first frame before it, and of the last after it up to whole chunks."""
@@ -470,6 +511,7 @@ class VideoPipeline:
         self,
         requests: Sequence[GenerationRequest],
         on_step: OnStep | None,
+        watch: Watch | None,
         *,
         window: int = 0,
         start: Callable[[Tensor], Tensor] = lambda noise: noise,
@@ -514,11 +556,12 @@ class VideoPipeline:
                 is_known=is_known,
                 draw_noise=noise_of_step,
                 on_step=on_step,
+                watch=watch,
             )
         predict = guided(self._predict, condition, self._null_condition, guidance_scale)
         if is_known is not None:
             predict = held(predict, is_known)
-        return sample(steps, predict, noise, draw_noise=noise_of_step, on_step=on_step)
+        return sample(steps, predict, noise, draw_noise=noise_of_step, on_step=on_step, watch=watch)
 
 
 def _chunks(latents: Float[Tensor, "b c f h w"]) -> list[Tensor]:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-__all__ = ["held", "interpolate", "to_data", "to_noise", "velocity_target"]
+__all__ = ["data_between", "held", "interpolate", "to_data", "to_noise", "velocity_target"]
 
 
 def _over_latents(t: Tensor) -> Tensor:  # (b f) -> (b 1 f 1 1)
@@ -46,6 +46,14 @@ def to_noise(
 ) -> Float[Tensor, "b c f h w"]:
     """Noise end of the path through ``x`` at time ``t`` with this velocity."""
     return x + (1 - _over_latents(t)) * velocity
+
+
+def data_between(
+    before: Float[Tensor, "b c f h w"], after: Float[Tensor, "b c f h w"], t: float, t_next: float
+) -> Float[Tensor, "b c f h w"]:
+    """Data end of the straight path that a step from time ``t`` to ``t_next`` went along; what did not move stays."""
+    velocity = (after - before) / (t_next - t)
+    return to_data(after, velocity, after.new_full((after.shape[0], after.shape[2]), t_next))
 
 
 def held(predict: Callable[..., Tensor], is_known: Bool[Tensor, "b f"]) -> Callable[..., Float[Tensor, "b c f h w"]]:

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from medsora.config import SHORTCUT
 from medsora.diffusion.ddpm import ddim_step, ddim_values, ddpm_step, ddpm_values
+from medsora.diffusion.path import data_between
 from medsora.diffusion.schedule import timesteps
 
-__all__ = ["SAMPLERS", "Sampler", "Step", "euler_steps", "heun_steps", "sample", "shortcut_steps"]
+__all__ = ["SAMPLERS", "Sampler", "Step", "Watch", "euler_steps", "heun_steps", "sample", "shortcut_steps"]
 
 Latents = Float[Tensor, "b c f h w"]
 Time = Any
@@ -37,6 +38,18 @@ class Step:
     """``(predict, x, *values) -> x``; with ``draws_noise`` it takes fresh noise as ``noise=`` too."""
     values: tuple[float, ...]
     draws_noise: bool = False
+    times: tuple[float, float] | None = None
+    """Time before and after, of a step along a velocity: its running estimate can be shown."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Somebody who may want to look at the running estimate of the data, now and then."""
+
+    wanted: Callable[[], bool]
+    """Asked before each step that has one."""
+    show: Callable[[Tensor], None]
+    """Given the estimate after that step; it may be changed by what follows."""
 
 
 def euler_step(predict: PredictFn, x: Latents, t: Time, change: Time) -> Latents:
@@ -64,7 +77,7 @@ def shortcut_step(predict: PredictFn, x: Latents, t: Time, change: Time) -> Late
 
 def euler_steps(times: Float[Tensor, " n"]) -> list[Step]:
     """One evaluation of the velocity a step, over a schedule that falls from 1 to 0."""
-    return [Step(euler_step, (t, t_next - t)) for t, t_next in pairwise(times.tolist())]
+    return [Step(euler_step, (t, t_next - t), times=(t, t_next)) for t, t_next in pairwise(times.tolist())]
 
 
 def heun_steps(times: Float[Tensor, " n"]) -> list[Step]:
@@ -74,14 +87,18 @@ def heun_steps(times: Float[Tensor, " n"]) -> list[Step]:
     trained for, and on a path that ends straight nothing is lost.
     """
     return [
-        Step(heun_step, (t, t_next, t_next - t)) if t_next > 0 else Step(euler_step, (t, t_next - t))
+        Step(heun_step, (t, t_next, t_next - t), times=(t, t_next))
+        if t_next > 0
+        else Step(euler_step, (t, t_next - t), times=(t, t_next))
         for t, t_next in pairwise(times.tolist())
     ]
 
 
 def shortcut_steps(num_steps: int) -> list[Step]:
     """One evaluation a step, all of one size."""
-    return [Step(shortcut_step, (t, t_next - t)) for t, t_next in pairwise(timesteps(num_steps).tolist())]
+    return [
+        Step(shortcut_step, (t, t_next - t), times=(t, t_next)) for t, t_next in pairwise(timesteps(num_steps).tolist())
+    ]
 
 
 def ddim_steps(num_steps: int) -> list[Step]:
@@ -132,6 +149,7 @@ def sample(
     *,
     draw_noise: Callable[[int], Latents] | None = None,
     on_step: OnStep | None = None,
+    watch: Watch | None = None,
 ) -> Latents:
     """Carry noise through a plan.
 
@@ -149,7 +167,10 @@ def sample(
             if draw_noise is None:
                 raise ValueError("this sampler draws noise at every step: draw_noise must be given")
             fresh["noise"] = draw_noise(number)
-        x = step.function(predict, x, *step.values, **fresh)
+        times = step.times if watch is not None and step.times is not None and watch.wanted() else None
+        before, x = x, step.function(predict, x, *step.values, **fresh)
+        if watch is not None and times is not None:
+            watch.show(data_between(before, x, *times))
         if on_step is not None:
             on_step(number + 1, len(steps))
     return x

@@ -27,6 +27,7 @@ from server.jobs.queue import JobQueue, QueueError
 from server.jobs.repository import Claim, FinishedWork
 from server.storage import ArtifactInfo, StorageFullError, Variant
 from server.worker.pieces import StillFrames, is_made_at_once, make_pieces
+from server.worker.preview import PreviewWriter
 from server.worker.progress import ClaimKeeper, ClaimLost, JobCanceled, WorkerStopping
 from server.worker.runtime import WorkerRuntime
 from server.worker.sources import SourceError, load_source
@@ -99,10 +100,11 @@ def _make(runtime: WorkerRuntime, claim: Claim, keeper: ClaimKeeper) -> Finished
         prefix_frames=job.prefix_frames,
         strength=job.strength,
     )
+    preview = PreviewWriter(runtime.repository, [claim], interval_s=runtime.settings.preview_interval_s)
     if not is_made_at_once(job, checkpoint.manifest):
-        return _make_in_pieces(runtime, claim, keeper, checkpoint, pipeline, request)
+        return _make_in_pieces(runtime, claim, keeper, checkpoint, pipeline, request, preview)
     began = time.monotonic()
-    frames = pipeline([request], on_step=keeper.on_step)[0]
+    frames = pipeline([request], on_step=keeper.on_step, preview=preview)[0]
     sampled = time.monotonic()
     keeper.check()
     metadata = clip_metadata(request, model=checkpoint.name, model_sha256=checkpoint.sha256)
@@ -133,6 +135,7 @@ def _make_in_pieces(
     checkpoint: ServedCheckpoint,
     pipeline: "VideoPipeline",
     request: GenerationRequest,
+    preview: PreviewWriter,
 ) -> FinishedWork:
     """Sample, encode and store piece by piece."""
     job = claim.job
@@ -154,7 +157,7 @@ def _make_in_pieces(
     def write(path: Path) -> None:
         nonlocal encode_s
         with mp4_writer(path, size=(job.width, job.height), fps=job.fps, metadata=metadata) as encode:
-            for piece in make_pieces(pipeline, request, job, frames, on_step=keeper.on_step):
+            for piece in make_pieces(pipeline, request, job, frames, on_step=keeper.on_step, preview=preview):
                 piece_began = time.monotonic()
                 encode(piece)
                 stills.add(piece)

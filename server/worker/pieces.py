@@ -16,7 +16,7 @@ from server.sources.model import SourceKind
 from server.worker.stills import sheet_layout
 
 if TYPE_CHECKING:
-    from medsora.pipeline import VideoPipeline
+    from medsora.pipeline import Preview, VideoPipeline
 
 __all__ = ["StillFrames", "is_made_at_once", "make_pieces"]
 
@@ -35,23 +35,24 @@ def make_pieces(
     source: Frames | None,
     *,
     on_step: Callable[[int, int], None],
+    preview: "Preview | None" = None,
 ) -> Iterator[Frames]:
     """The next frames of the clip of a job, again and again until it is whole.
 
     Args:
         request: For all of the clip.
         source: Frames that it is made from.
-        on_step: Of the sampler.
+        on_step, preview: Of the sampler.
     """
     if job.source_kind != SourceKind.EXTENSION:
-        for (piece,) in pipeline.stream([request], sources=None if source is None else [source], on_step=on_step):
+        for (piece,) in pipeline.stream([request], sources=None if source is None else [source], on_step=on_step, preview=preview):
             yield piece
         return
     assert source is not None  # an extension has one
     yield source
     known = job.prefix_frames
     added = replace(request, num_frames=job.num_frames - len(source) + known)
-    for (piece,) in pipeline.stream([added], sources=[source[-known:]], on_step=on_step):
+    for (piece,) in pipeline.stream([added], sources=[source[-known:]], on_step=on_step, preview=preview):
         # the last frames of the source come again, as the model sees them
         yield piece[known:]
         known = max(0, known - len(piece))

@@ -1,5 +1,7 @@
 """Server-sent events from real processes: live, through a second API process, with clients that leave."""
 
+import base64
+import io
 import json
 import os
 import socket
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import psutil
 import pytest
+from PIL import Image
 
 if TYPE_CHECKING:
     from conftest import RunningServer, StartServer
@@ -109,6 +112,11 @@ def test_a_job_from_queue_to_end_in_two_processes(server: "RunningServer", secon
         seqs = [int(event["id"]) for event in events if "id" in event]
         assert seqs == sorted(set(seqs))
     assert not [event for event in heard["first"] if event["event"] == "video.preview"]
+    previews = [event["data"]["data"] for event in heard["second"] if event["event"] == "video.preview"]
+    assert previews
+    picture = Image.open(io.BytesIO(base64.b64decode(previews[0]["image"].removeprefix("data:image/webp;base64,"))))
+    assert (picture.format, picture.size) == ("WEBP", (32, 32))
+    assert "Synthetic" in picture.getexif()[0x010E]
 
 
 def test_all_jobs_and_coming_back(server: "RunningServer") -> None:

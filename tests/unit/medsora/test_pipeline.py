@@ -830,3 +830,62 @@ def test_sources_that_are_not_the_requests_are_refused(going_on: VideoPipeline, 
 def test_clean_prefixes_are_for_a_predicted_velocity(prefix_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="clean_prefixes is for a predicted velocity"):
         write_variant(tmp_path / "noise", prefix_checkpoint, prediction="noise", is_conditional=True)
+
+
+class Onlooker:
+    """Looks at the running estimate of some steps."""
+
+    def __init__(self, steps: set[int]) -> None:
+        self.steps, self.step, self.shown = steps, 0, []  # type: tuple[set[int], int, list[tuple[int, int, Any]]]
+
+    def wanted(self) -> bool:
+        self.step += 1
+        return self.step in self.steps
+
+    def show(self, first: int, pictures: list[Any]) -> None:
+        self.shown.append((self.step, first, pictures))
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_previews_come_to_be_the_clip_and_change_nothing(pipeline: VideoPipeline, sampler: str) -> None:
+    manifest = pipeline.manifest
+    requests = [
+        resolve_request(manifest, label=manifest.labels[0].name, seed=seed, num_inference_steps=4, sampler=sampler)
+        for seed in (1, 2)
+    ]
+    onlooker = Onlooker({1, 4})
+    clips = pipeline(requests, preview=onlooker)
+    for clip, plain in zip(clips, pipeline(requests), strict=True):
+        assert np.array_equal(clip, plain)
+    (first_step, _, early), (last_step, _, late) = onlooker.shown
+    assert (first_step, last_step) == (1, 4)
+    for clip, before, after in zip(clips, early, late, strict=True):
+        assert (after.shape, after.dtype) == (clip[7].shape, np.uint8)
+        # after the last step the estimate is the clip; decoding alone may round differently than with what follows
+        assert np.abs(after.astype(int) - clip[7].astype(int)).max() <= 1
+        assert not np.array_equal(before, after)
+
+
+def test_a_picture_is_made_only_when_it_is_wanted(pipeline: VideoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = resolve_request(pipeline.manifest, label=pipeline.manifest.labels[0].name, seed=1, num_inference_steps=4)
+    decodes = []
+    decode = pipeline.autoencoder.decode
+    monkeypatch.setattr(
+        pipeline.autoencoder, "decode", lambda latents: decodes.append(latents.shape) or decode(latents)
+    )
+    pipeline([request], preview=Onlooker(set()))
+    assert len(decodes) == 1
+    pipeline([request], preview=Onlooker({2}))
+    assert [shape[2] for shape in decodes] == [4, 2, 4]
+
+
+def test_previews_of_a_long_clip_show_what_comes_next(going_on: VideoPipeline) -> None:
+    request = ask(going_on, 1, num_frames=32)
+    steps = request.num_inference_steps
+    windows = len(going_on.plan(request).windows)
+    assert windows > 1
+    onlooker = Onlooker({steps * number for number in range(1, windows + 1)})
+    (clip,) = going_on([request], preview=onlooker)
+    assert np.array_equal(clip, going_on([request])[0])
+    assert len(onlooker.shown) == windows
+    assert differ(onlooker.shown[0][2][0], clip[7]) <= 1

@@ -39,11 +39,14 @@ class FakePipeline:
         self.at_step: Callable[[int], None] = lambda step: None
         self.steps = 0
 
-    def __call__(self, requests: Any, *, on_step: Callable[[int, int], None]) -> list[Any]:
+    def __call__(self, requests: Any, *, on_step: Callable[[int, int], None], preview: Any) -> list[Any]:
         (request,) = requests
         for step in range(1, request.num_inference_steps + 1):
             self.steps = step
+            is_wanted = preview.wanted()
             self.at_step(step)
+            if is_wanted:
+                preview.show(0, [np.full((request.height, request.width, 3), step, dtype=np.uint8)])
             on_step(step, request.num_inference_steps)
         return [np.full((request.num_frames, request.height, request.width, 3), 128, dtype=np.uint8)]
 
