@@ -12,6 +12,7 @@ from server.api import batches as batches_api
 from server.api import events as events_api
 from server.api import files as files_api
 from server.api import health, models, usage, videos
+from server.api import webhooks as webhooks_api
 from server.api.access import AccessControl, get_caller
 from server.api.dependencies import Services
 from server.api.handlers import add_exception_handlers
@@ -39,6 +40,8 @@ from server.settings import Settings
 from server.sources.repository import SourceRepository
 from server.sources.service import SourceService
 from server.storage import ArtifactStore
+from server.webhooks.repository import WebhookRepository
+from server.webhooks.service import WebhookService
 
 __all__ = ["create_app"]
 
@@ -78,6 +81,7 @@ def create_app(settings: Settings) -> FastAPI:
             publish=publisher.submit,
             max_queued=settings.max_queued_jobs,
             min_free_bytes=settings.min_free_bytes,
+            private_hosts=settings.webhook_private_hosts,
         )
         events = EventLog(database)
         follower = Follower(
@@ -106,6 +110,7 @@ def create_app(settings: Settings) -> FastAPI:
             ),
             events=events,
             follower=follower,
+            webhooks=WebhookService(WebhookRepository(database), private_hosts=settings.webhook_private_hosts),
             repository=repository,
             keys=keys,
             access=AccessControl(keys, RequestLimiter(counters, limits), settings),
@@ -145,7 +150,7 @@ def create_app(settings: Settings) -> FastAPI:
         metrics=http_metrics,
         body_limits={"/v1/files": settings.max_file_bytes + UPLOAD_OVERHEAD_BYTES},
     )
-    for part in (events_api, videos, files_api, batches_api, models, usage):
+    for part in (events_api, videos, files_api, batches_api, webhooks_api, models, usage):
         app.include_router(part.router, dependencies=[Depends(get_caller)], responses=error_responses(401, 403, 429))
     app.include_router(health.router)
     labels = [label.name for label in catalogue.default.manifest.labels]

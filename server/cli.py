@@ -124,7 +124,7 @@ def worker() -> None:
 
 @app.command()
 def reaper() -> None:
-    """Return jobs of lost workers to the queue, and work off batches. Run at least one; more do no harm."""
+    """Return jobs of lost workers to the queue, work off batches, send webhooks. Run at least one; more do no harm."""
     settings = _settings()
     import signal
     import threading
@@ -147,6 +147,8 @@ def reaper() -> None:
     from server.settings import SettingsError
     from server.sources.repository import SourceRepository
     from server.storage import ArtifactStore
+    from server.webhooks.repository import WebhookRepository
+    from server.webhooks.sender import WebhookSender
 
     configure_logging(settings.log_level)
     try:
@@ -173,12 +175,18 @@ def reaper() -> None:
             publish=lambda job_id: None,  # the runner publishes what it has made itself
             max_queued=settings.max_queued_jobs,
             min_free_bytes=settings.min_free_bytes,
+            private_hosts=settings.webhook_private_hosts,
         ),
         repository=repository,
         queue=batch_queue,
     )
-    batch_thread = threading.Thread(target=batches.run, args=(stop,), name="batches")
-    batch_thread.start()
+    webhooks = WebhookRepository(database)
+    threads = [
+        threading.Thread(target=batches.run, args=(stop,), name="batches"),
+        threading.Thread(target=WebhookSender(settings, webhooks).run, args=(stop,), name="webhooks"),
+    ]
+    for thread in threads:
+        thread.start()
     try:
         Reaper(
             settings,
@@ -189,10 +197,12 @@ def reaper() -> None:
             events=EventLog(database),
             sources=SourceRepository(database),
             source_store=FileStore(settings.sources_dir),
+            webhooks=webhooks,
         ).run(stop)
     finally:
         stop.set()  # or, after an error, the process would go on with half of its work
-        batch_thread.join()
+        for thread in threads:
+            thread.join()
         batch_queue.close()
         queue.close()
         database.close()

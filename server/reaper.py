@@ -19,6 +19,7 @@ from server.jobs.workers import WorkerRegistry
 from server.settings import Settings
 from server.sources.repository import SourceRepository
 from server.storage import ArtifactStore, StoredFile
+from server.webhooks.repository import WebhookRepository
 
 __all__ = ["Reaper"]
 
@@ -45,8 +46,9 @@ class Reaper:
         events: EventLog,
         sources: SourceRepository,
         source_store: FileStore,
+        webhooks: WebhookRepository,
     ) -> None:
-        self._settings, self._events = settings, events
+        self._settings, self._events, self._webhooks = settings, events, webhooks
         self._sources, self._source_store = sources, source_store
         self._repository, self._workers, self._store, self._queue = repository, workers, store, queue
         self._next_scan = 0.0  # of the steady clock
@@ -110,6 +112,7 @@ class Reaper:
         self._workers.drop_dead()
         while self._events.sweep(kept_s=self._settings.events_kept_s, max_rows=self._settings.events_max_rows):
             pass
+        self._webhooks.sweep(kept_s=self._settings.webhook_kept_s)
         # Younger files may belong to a claim that the table does not show yet, or not any more.
         old = (file for file in self._store.files() if file.age_s > 2 * self._settings.lease_s)
         removed = 0

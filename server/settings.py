@@ -176,6 +176,27 @@ class Settings(BaseSettings):
         "follows; 0: none are ever made.",
     )
 
+    webhook_private_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Hosts, separated by commas, that webhooks may be sent to although their address is private, as "
+        "within one's own network; *: all. Others must be public.",
+    )
+    webhook_interval_s: float = Field(
+        0.5, gt=0.0, le=60.0, description="Seconds between two looks for webhooks that are to be sent."
+    )
+    webhook_first_retry_s: float = Field(
+        5.0,
+        gt=0.0,
+        le=3600.0,
+        description="Seconds after which a webhook is sent again; grows 2.5-fold, up to 8 hours.",
+    )
+    webhook_max_attempts: int = Field(
+        12, ge=1, le=50, description="Attempts at one message of a webhook before it is given up."
+    )
+    webhook_kept_s: float = Field(
+        604_800.0, ge=60.0, le=31_536_000.0, description="Seconds for which the log of ended deliveries is kept."
+    )
+
     max_body_bytes: int = Field(
         25 * _MIB, ge=1024, le=1024 * _MIB, description="Largest request body in bytes; more is answered with 413."
     )
@@ -207,7 +228,7 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
 
-    @field_validator("checkpoints", "batch_sizes", mode="before")
+    @field_validator("checkpoints", "batch_sizes", "webhook_private_hosts", mode="before")
     @classmethod
     def _split_list(cls, value: Any) -> Any:
         if isinstance(value, str):

@@ -23,6 +23,7 @@ from server.observability import HttpMetrics
 from server.settings import Settings
 from server.sources.service import SourceService
 from server.storage import ArtifactStore
+from server.webhooks.service import WebhookService
 
 __all__ = ["Caller", "CallerDep", "JobServiceDep", "Services", "ServicesDep", "TenantDep", "get_caller"]
 
@@ -41,6 +42,7 @@ class Services:
     batches: BatchService
     events: EventLog
     follower: Follower
+    webhooks: WebhookService
     repository: JobRepository
     keys: KeyRepository
     access: AccessControl

@@ -122,6 +122,16 @@ class CreateVideoFields(BaseModel):
     height: Whole | None = Field(None, description="Pixels; together with width another way to say size.")
     num_frames: Whole | None = Field(None, description="Frames of the video; another way to say seconds.")
     fps: Real | None = Field(None, description="Frames a second; only the model's own rate is possible.")
+    webhook_url: str | None = Field(
+        None,
+        max_length=2000,
+        description="Where to tell of the end of this video, besides the webhooks of /v1/webhooks.",
+    )
+    webhook_secret: str | None = Field(
+        None,
+        max_length=200,
+        description="With webhook_url: what its message is signed with, whsec_ and 24 to 64 bytes in base64.",
+    )
     n: One | None = Field(None, description="Number of videos; only 1.")
     num_outputs_per_prompt: One | None = Field(None, description="As n; only 1.")
     input_reference: Any = Field(

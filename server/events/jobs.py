@@ -62,7 +62,17 @@ def announce_states(connection: Connection, rows: Sequence[Any]) -> None:
     told = [(row, *state_of(row)) for row in rows]
     emit_all(
         connection,
-        [NewEvent(tenant=row.tenant, kind=kind, subject=row.id, data=data) for row, kind, data in told],
+        [
+            NewEvent(
+                tenant=row.tenant,
+                kind=kind,
+                subject=row.id,
+                data=data,
+                webhook_url=row.webhook_url,
+                webhook_secret=row.webhook_secret,
+            )
+            for row, kind, data in told
+        ],
     )
 
 

@@ -12,6 +12,7 @@ from sqlalchemy import Connection, delete, func, insert, select, text
 
 from server.events.model import Event
 from server.jobs.database import Database, database_now
+from server.webhooks.outbox import Message, put_out
 
 __all__ = ["EventLog", "EventRecord", "NewEvent", "emit", "emit_all"]
 
@@ -29,6 +30,9 @@ class NewEvent:
     subject: str
     data: dict[str, Any]
     passing: bool = False
+    webhook_url: str | None = None
+    """An address that came with the request for the object: it hears of its end, besides the tenant's webhooks."""
+    webhook_secret: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,8 @@ def emit(
     connection: Connection, *, tenant: str, kind: str, subject: str, data: dict[str, Any], passing: bool = False
 ) -> None:
     """Tell that something happened, in the transaction in which it does. Call it last in that transaction.
+
+    Who listens (``/v1/events``) hears of it, and so do webhooks, where it is one of ``server.webhooks.model.KINDS``.
 
     Args:
         kind: ``<object>.<what>``, such as ``batch.completed``.
@@ -74,6 +80,20 @@ def emit_all(connection: Connection, events: Sequence[NewEvent]) -> None:
         for one in events
     ]
     connection.execute(insert(_TABLE).values(created_at=database_now()), rows)
+    put_out(
+        connection,
+        [
+            Message(
+                tenant=event.tenant,
+                kind=event.kind,
+                subject=event.subject,
+                data=event.data,
+                url=event.webhook_url,
+                secret=event.webhook_secret,
+            )
+            for event in events
+        ],
+    )
 
 
 class EventLog:

@@ -126,6 +126,10 @@ class Job(Base):
     deleted_at: Mapped[float | None] = mapped_column(Double)
     """When the client deleted it. Nobody sees such a row; it goes once no worker holds it."""
 
+    webhook_url: Mapped[str | None] = mapped_column(Text)
+    """Where to tell of its end, besides the tenant's webhooks."""
+    webhook_secret: Mapped[str | None] = mapped_column(String(200))
+    """That this is signed with."""
     previews_until: Mapped[float | None] = mapped_column(Double)
     """Until when somebody looks at pictures of the running estimate; a worker makes none that nobody looks at."""
 

@@ -8,7 +8,7 @@ database with its own clock, never with the clock of a worker or API host.
 
 import enum
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Update, and_, case, delete, func, insert, or_, select, true, update
@@ -114,6 +114,8 @@ class JobRecord:
     sampling_s: float | None
     encode_s: float | None
     store_s: float | None
+    webhook_url: str | None
+    webhook_secret: str | None = field(repr=False)
     previews_until: float | None
 
 

@@ -1,8 +1,8 @@
 """The rules of jobs: what is accepted, what a client may see, what cancelling and deleting mean."""
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from typing import Any
 
 from medsora.errors import RequestError
@@ -20,6 +20,7 @@ from server.errors import (
 from server.jobs.model import TERMINAL, JobStatus, is_job_id
 from server.jobs.repository import JobRecord, JobRepository, QueueFullError, QuotaReachedError, Removal
 from server.storage import ArtifactStore
+from server.webhooks.service import check_request_webhook
 
 __all__ = ["MAX_PROMPT_CHARACTERS", "JobPage", "JobService", "VideoOrder"]
 
@@ -53,6 +54,8 @@ class VideoOrder:
     """Below 1: of an edit."""
     source_field: str = "input_reference"
     """Field that the given frames come in, for messages."""
+    webhook_url: str | None = None
+    webhook_secret: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class JobService:
         publish: Told the id of every accepted job; must return at once and never fail.
         max_queued: Most jobs that may wait.
         min_free_bytes: Free disk space below which no job is accepted.
+        private_hosts: Hosts with private addresses that webhooks may lead to.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class JobService:
         publish: Callable[[str], None],
         max_queued: int,
         min_free_bytes: int,
+        private_hosts: Collection[str] = (),
     ) -> None:
         self._repository = repository
         self._catalogue = catalogue
@@ -88,6 +93,7 @@ class JobService:
         self._publish = publish
         self._max_queued = max_queued
         self._min_free_bytes = min_free_bytes
+        self._private_hosts = private_hosts
 
     def submit(self, tenant: str, order: VideoOrder) -> JobRecord:
         """Accept a job: when this returns, the job is on disk and will come to an end.
@@ -106,7 +112,13 @@ class JobService:
         Raises:
             RequestRefusedError: A field that the checkpoint cannot honour; names it and what is allowed.
         """
-        return {**_resolve(self._find_checkpoint(order.model), order), "tenant": tenant}
+        check_request_webhook(order.webhook_url, order.webhook_secret, private_hosts=self._private_hosts)
+        return {
+            **_resolve(self._find_checkpoint(order.model), order),
+            "tenant": tenant,
+            "webhook_url": order.webhook_url,
+            "webhook_secret": order.webhook_secret,
+        }
 
     def remix(self, tenant: str, job_id: str, prompt: str) -> JobRecord:
         """Accept a job that differs from a completed one in its label alone: same model, seed and settings.

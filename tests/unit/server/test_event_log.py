@@ -143,3 +143,17 @@ def test_sweep(log: EventLog, database: Database) -> None:
     assert count() == 0
     add(1)
     assert log.end() == end + 1  # a place is never used again
+
+
+def test_states_of_a_batch_are_told(log: EventLog, database: Database) -> None:
+    from server.batches.repository import BatchRepository
+
+    batches = BatchRepository(database, lease_s=60.0)
+    batch = batches.add(
+        tenant="t", endpoint="/v1/videos", input_file_id="file-1", completion_window="24h",
+        output_expires_after_s=None, metadata=None, max_active=9,
+    )  # fmt: skip
+    claim = batches.claim(batch.seq)
+    assert claim is not None
+    batches.end_validation(claim, [{"code": "invalid_line", "message": "m", "param": None, "line": 1}])
+    assert [(event.kind, event.tenant) for event in log.after(0, limit=9, subject=batch.id)] == [("batch.failed", "t")]

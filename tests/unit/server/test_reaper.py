@@ -19,6 +19,7 @@ from server.reaper import Reaper
 from server.settings import Settings
 from server.sources.repository import SourceRepository
 from server.storage import ArtifactStore, Variant
+from server.webhooks.repository import WebhookRepository
 
 AddJob = Callable[..., str]
 
@@ -66,6 +67,7 @@ def reaper(
         sources=SourceRepository(database),
         source_store=FileStore(settings.sources_dir),
         events=EventLog(database),
+        webhooks=WebhookRepository(database),
     )
 
 
