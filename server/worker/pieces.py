@@ -45,7 +45,9 @@ def make_pieces(
         on_step, preview: Of the sampler.
     """
     if job.source_kind != SourceKind.EXTENSION:
-        for (piece,) in pipeline.stream([request], sources=None if source is None else [source], on_step=on_step, preview=preview):
+        for (piece,) in pipeline.stream(
+            [request], sources=None if source is None else [source], on_step=on_step, preview=preview
+        ):
             yield piece
         return
     assert source is not None  # an extension has one

@@ -58,9 +58,7 @@ class PreviewWriter:
                 continue
             claim = self._claims[number]
             try:
-                self._repository.show_preview(
-                    claim.job.id, claim.token, _webp(picture), steps_done=self._step
-                )
+                self._repository.show_preview(claim.job.id, claim.token, _webp(picture), steps_done=self._step)
             except SQLAlchemyError as error:
                 logger.warning("a preview of %s could not be shown: %s", claim.job.id, type(error).__name__)
 

@@ -156,4 +156,5 @@ def test_states_of_a_batch_are_told(log: EventLog, database: Database) -> None:
     claim = batches.claim(batch.seq)
     assert claim is not None
     batches.end_validation(claim, [{"code": "invalid_line", "message": "m", "param": None, "line": 1}])
-    assert [(event.kind, event.tenant) for event in log.after(0, limit=9, subject=batch.id)] == [("batch.failed", "t")]
+    last = log.after(0, limit=9, subject=batch.id)[-1]
+    assert (last.kind, last.tenant, last.data["status"]) == ("batch.failed", "t", "failed")
