@@ -29,17 +29,23 @@ from server.batches.repository import (
     SubmittedLine,
     input_in_use,
 )
+from server.checkpoints import Catalogue
 from server.errors import RequestRefusedError, ServiceError
 from server.files.model import new_file_id
 from server.files.repository import FileRepository
+from server.files.service import FileService
 from server.files.store import FileStore, FoundFile
+from server.jobs.database import Database
 from server.jobs.queue import JobQueue, QueueError
 from server.jobs.repository import JobRepository
 from server.jobs.service import JobService
+from server.keys.limits import Limits
 from server.settings import Settings
-from server.storage import StorageFullError
+from server.sources.repository import SourceRepository
+from server.sources.service import SourceService
+from server.storage import ArtifactStore, StorageFullError
 
-__all__ = ["BatchRunner"]
+__all__ = ["BatchRunner", "make_batch_runner"]
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +69,7 @@ class BatchRunner:
     Args:
         settings: Intervals and limits.
         jobs: Resolves what a line asks for, by the same rules as a request.
+        sources: The same for lines that begin with a picture or video.
         queue: Told of the jobs that were made.
     """
 
@@ -74,12 +81,14 @@ class BatchRunner:
         files: FileRepository,
         store: FileStore,
         jobs: JobService,
+        sources: SourceService,
         repository: JobRepository,
         queue: JobQueue,
     ) -> None:
         self._settings = settings
         self._batches, self._files, self._store = batches, files, store
-        self._jobs, self._repository, self._queue = jobs, repository, queue
+        self._jobs, self._sources = jobs, sources
+        self._repository, self._queue = repository, queue
         self._next_scan = 0.0  # of the steady clock
 
     def run(self, stop: threading.Event) -> None:
@@ -258,7 +267,11 @@ class BatchRunner:
                 file.seek(line.begin)
                 try:
                     request = read_line(file.read(line.length), endpoint=batch.endpoint)
-                    job = self._jobs.resolve(batch.tenant, order_of(request.body))
+                    order, source = order_of(request.body)
+                    if source is None:
+                        job = self._jobs.resolve(batch.tenant, order)
+                    else:
+                        job = self._sources.resolve_beginning(batch.tenant, order, source)
                 except ServiceError as error:
                     if error.status_code >= 429:
                         logger.info("%s waits at line %d: %s", batch.id, line.line, error.message)
@@ -330,6 +343,40 @@ class BatchRunner:
                 self._store.remove(file_id)
             raise
         logger.info("%s is %s: %d lines done, %d not", batch.id, end.value, counts[True], counts[False])
+
+
+def make_batch_runner(settings: Settings, *, database: Database, catalogue: Catalogue, queue: JobQueue) -> BatchRunner:
+    """A runner on one database and data folder."""
+    repository = JobRepository(database, lease_s=settings.lease_s, max_attempts=settings.max_attempts)
+    files, store = FileRepository(database), FileStore(settings.files_dir)
+    artifacts = ArtifactStore(settings.artifacts_dir)
+    jobs = JobService(
+        repository,
+        catalogue,
+        artifacts,
+        publish=lambda job_id: None,  # the runner publishes what it has made itself
+        max_queued=settings.max_queued_jobs,
+        min_free_bytes=settings.min_free_bytes,
+        private_hosts=settings.webhook_private_hosts,
+    )
+    sources = SourceService(
+        SourceRepository(database),
+        FileStore(settings.sources_dir),
+        jobs=jobs,
+        files=FileService(files, store, min_free_bytes=settings.min_free_bytes),
+        artifacts=artifacts,
+        max_bytes=settings.max_body_bytes,
+    )
+    return BatchRunner(
+        settings,
+        batches=BatchRepository(database, lease_s=settings.lease_s, limits=Limits.of(settings)),
+        files=files,
+        store=store,
+        jobs=jobs,
+        sources=sources,
+        repository=repository,
+        queue=queue,
+    )
 
 
 def _problem(code: str, message: str, *, param: str | None = None, line: int | None = None) -> dict[str, Any]:

@@ -130,18 +130,14 @@ def reaper() -> None:
     import threading
 
     from medsora.errors import CheckpointError
-    from server.batch_runner import BatchRunner
-    from server.batches.repository import BatchRepository
+    from server.batch_runner import make_batch_runner
     from server.checkpoints import Catalogue
     from server.events.log import EventLog
-    from server.files.repository import FileRepository
     from server.files.store import FileStore
     from server.jobs.database import Database, migrate
     from server.jobs.queue import JobQueue
     from server.jobs.repository import JobRepository
-    from server.jobs.service import JobService
     from server.jobs.workers import WorkerRegistry
-    from server.keys.limits import Limits
     from server.observability import configure_logging
     from server.reaper import Reaper
     from server.settings import SettingsError
@@ -163,23 +159,7 @@ def reaper() -> None:
     migrate(database)
     repository = JobRepository(database, lease_s=settings.lease_s, max_attempts=settings.max_attempts)
     store = ArtifactStore(settings.artifacts_dir)
-    batches = BatchRunner(
-        settings,
-        batches=BatchRepository(database, lease_s=settings.lease_s, limits=Limits.of(settings)),
-        files=FileRepository(database),
-        store=FileStore(settings.files_dir),
-        jobs=JobService(
-            repository,
-            catalogue,
-            store,
-            publish=lambda job_id: None,  # the runner publishes what it has made itself
-            max_queued=settings.max_queued_jobs,
-            min_free_bytes=settings.min_free_bytes,
-            private_hosts=settings.webhook_private_hosts,
-        ),
-        repository=repository,
-        queue=batch_queue,
-    )
+    batches = make_batch_runner(settings, database=database, catalogue=catalogue, queue=batch_queue)
     webhooks = WebhookRepository(database)
     threads = [
         threading.Thread(target=batches.run, args=(stop,), name="batches"),

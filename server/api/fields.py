@@ -231,22 +231,15 @@ async def read_order(request: Request) -> tuple[VideoOrder, SourceOrder | None]:
         ServiceError: It is of no known type, cannot be parsed, or has a field that is unknown, given twice,
             of a wrong type, or cannot be honoured. The error names the field.
     """
-    return _order_and_source(await _read_pairs(request))
+    return order_of(await _read_pairs(request))
 
 
-def order_of(pairs: list[tuple[str, Any]]) -> VideoOrder:
-    """Check the fields of a line of a batch.
+def order_of(pairs: list[tuple[str, Any]]) -> tuple[VideoOrder, SourceOrder | None]:
+    """Check the fields of a new video, whether they came in a request or in a line of a batch.
 
     Raises:
-        RequestRefusedError: As :func:`read_order`; also for what begins with a picture or video.
+        RequestRefusedError: As :func:`read_order`.
     """
-    order, source = _order_and_source(pairs)
-    if source is not None:
-        raise _refused(source.field, f"{source.field}: is not supported in batches; ask for the video by itself")
-    return order
-
-
-def _order_and_source(pairs: list[tuple[str, Any]]) -> tuple[VideoOrder, SourceOrder | None]:
     checked = _check(CreateVideoFields, _collect(pairs))
     urls = ("input_reference_url", "reference_url", "image_url")
     values = checked.model_dump(exclude={"size", "n", "num_outputs_per_prompt", "input_reference", *urls})

@@ -89,13 +89,23 @@ class SourceService:
         Raises:
             ServiceError: As :meth:`JobService.submit`; or the source cannot be had, read or used.
         """
+        return self._jobs.accept(self.resolve_beginning(tenant, order, source))
+
+    def resolve_beginning(self, tenant: str, order: VideoOrder, source: SourceOrder) -> dict[str, Any]:
+        """Keep the source, and return the columns of the job of :meth:`begin_with`, which is not accepted yet.
+
+        A source that no job is made for is swept away.
+
+        Raises:
+            ServiceError: As :meth:`JobService.resolve`; or the source cannot be had, read or used.
+        """
         order = replace(order, prefix_frames=1, source_field=source.field)
         values = self._jobs.resolve(tenant, order)  # what is wrong without the source is said before it is read
         with self._received(tenant, source, most_frames=values["num_frames"] - 1) as found:
             self._check_size(source.field, found.media, values)
             self._check_fps(source.field, found.media, values["fps"])
             values = self._jobs.resolve(tenant, replace(order, prefix_frames=found.media.num_frames))
-            return self._accept(tenant, values, found, SourceKind.REFERENCE, source.field)
+            return self._columns(tenant, values, found, SourceKind.REFERENCE, source.field)
 
     def edit(self, tenant: str, order: VideoOrder, source: SourceOrder, *, strength: float | None) -> JobRecord:
         """Accept an edit of a video: of its length and size, with another label.
@@ -286,6 +296,11 @@ class SourceService:
         return file
 
     def _accept(self, tenant: str, values: dict[str, Any], kept: _Kept, kind: SourceKind, field: str) -> JobRecord:
+        return self._jobs.accept(self._columns(tenant, values, kept, kind, field))
+
+    def _columns(
+        self, tenant: str, values: dict[str, Any], kept: _Kept, kind: SourceKind, field: str
+    ) -> dict[str, Any]:
         # the row first: bytes that have none, and are as old as an earlier file, are swept away
         record = self._repository.add(kept.source_id, tenant=tenant, media=kept.media, written=kept.written)
         if kept.path is not None:
@@ -294,7 +309,7 @@ class SourceService:
             except FileNotFoundError:
                 raise _gone(field) from None
         video = None if kept.video is None else kept.video.id
-        return self._jobs.accept({**values, "source_kind": kind.value, "source_id": record.id, "source_video": video})
+        return {**values, "source_kind": kind.value, "source_id": record.id, "source_video": video}
 
 
 def _link(source: Path, target: Path) -> None:

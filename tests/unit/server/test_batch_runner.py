@@ -1,5 +1,7 @@
 """Lines of a batch from file to files; killed anywhere, none is submitted twice and none is lost."""
 
+import base64
+import io
 import json
 import threading
 from collections import Counter
@@ -9,24 +11,24 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
 from sqlalchemy import func, select, update
 
+from medsora.checkpoint import write_tiny_checkpoint
 from server import batch_runner
-from server.batch_runner import BatchRunner
+from server.app import create_app
+from server.batch_runner import BatchRunner, make_batch_runner
 from server.batches.model import Batch, BatchLine
 from server.batches.repository import BatchRepository, ClaimLostError
 from server.checkpoints import Catalogue
 from server.events.model import Event
 from server.files.model import File
-from server.files.repository import FileRepository
 from server.files.store import FileStore
 from server.jobs.database import Database, database_now
 from server.jobs.model import Job, JobStatus
 from server.jobs.queue import QueueError
 from server.jobs.repository import FinishedWork, JobRepository
-from server.jobs.service import JobService
 from server.settings import Settings
-from server.storage import ArtifactStore
 
 Finish = Callable[[str, int], FinishedWork]
 
@@ -58,20 +60,10 @@ class Bench:
     def new_runner(self, **changes: Any) -> BatchRunner:
         """A runner as another process would have one."""
         settings = self.settings.model_copy(update={"max_queued_jobs": 100, **changes})
-        return BatchRunner(
+        return make_batch_runner(
             settings,
-            batches=BatchRepository(self.database, lease_s=60.0),
-            files=FileRepository(self.database),
-            store=FileStore(settings.files_dir),
-            jobs=JobService(
-                self.jobs,
-                Catalogue.load(settings.checkpoints),
-                ArtifactStore(settings.artifacts_dir),
-                publish=lambda job_id: None,
-                max_queued=settings.max_queued_jobs,
-                min_free_bytes=0,
-            ),
-            repository=self.jobs,
+            database=self.database,
+            catalogue=Catalogue.load(settings.checkpoints),
             queue=self.queue,  # type: ignore[arg-type]
         )
 
@@ -204,6 +196,37 @@ def test_from_file_to_files(bench: Bench) -> None:
         assert (file["purpose"], file["filename"]) == ("batch_output", f"{batch_id}_{name}.jsonl")
     with bench.database.read() as connection:
         assert connection.scalar(select(func.count()).select_from(BatchLine)) == 0
+
+
+def test_lines_may_begin_with_a_picture(settings: Settings, finished_work: Finish, tmp_path: Path) -> None:
+    def png(size: int) -> bytes:
+        buffer = io.BytesIO()
+        Image.new("RGB", (size, size)).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    checkpoint = write_tiny_checkpoint(tmp_path / "tiny", max_frames=32)
+    changed = settings.model_copy(update={"checkpoints": (str(checkpoint),)})
+    with TestClient(create_app(changed)) as client:
+        bench = Bench(client, changed, finished_work)
+        answer = client.post("/v1/files", files={"file": ("a.png", png(32))}, data={"purpose": "vision"})
+        reference = {"file_id": answer.json()["id"]}
+        small = "data:image/png;base64," + base64.b64encode(png(16)).decode()
+        lines = [
+            line("file", input_reference=reference),
+            line("none", input_reference={"file_id": "file-" + "0" * 32}),
+            line("small", input_reference={"image_url": small}),
+        ]
+        batch = bench.work_off(bench.create(lines))
+        (made,) = bench.lines(batch["output_file_id"])
+        job = bench.jobs.get(made["response"]["body"]["id"])
+        assert job is not None
+        assert (made["custom_id"], job.prefix_frames, job.source_kind) == ("file", 1, "reference")
+        errors = bench.lines(batch["error_file_id"])
+        assert [one["custom_id"] for one in errors] == ["none", "small"]
+        for number, one in enumerate(errors, start=1):
+            alone = client.post("/v1/videos", json=lines[number]["body"])
+            assert (one["response"]["status_code"], one["response"]["body"]) == (alone.status_code, alone.json())
+        bench.database.close()
 
 
 def test_what_becomes_of_a_batch_is_told(bench: Bench) -> None:

@@ -401,12 +401,3 @@ def test_sources_go_when_no_job_refers_to_them(
     (left,) = kept(settings)
     assert client.app.state.services.repository.get(second).source_id == left.name  # type: ignore[attr-defined]
     database.close()
-
-
-def test_batches_take_no_references() -> None:
-    from server.api.fields import order_of, parse_object
-    from server.errors import RequestRefusedError
-
-    body = parse_object(b'{"prompt": "a", "input_reference": {"file_id": "file-1"}}')
-    with pytest.raises(RequestRefusedError, match="is not supported in batches"):
-        order_of(body)
