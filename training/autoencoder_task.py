@@ -32,7 +32,7 @@ from training.objective import (
 from training.perceptual import FrameDistance
 from training.shown import named_videos, spread_windows
 
-__all__ = ["AutoencoderTask", "adversarial_weight", "reconstruct"]
+__all__ = ["AutoencoderTask", "adversarial_weight", "draw_starts", "reconstruct"]
 
 EVALUATION_BATCH = 32
 
@@ -41,6 +41,16 @@ def adversarial_weight(config: AutoencoderLossConfig, step: int) -> float:
     """Weight of the adversarial term at a step: 0 until it starts, then rising to the full one."""
     since = step - config.adversarial_start_step
     return config.adversarial * min(1.0, max(0.0, since / max(1, config.adversarial_ramp_steps)))
+
+
+def draw_starts(count: int, length: int, num_frames: int, generator: torch.Generator) -> Tensor:
+    """Where runs of ``length`` frames begin, so that no frame is seen less often than those in the middle.
+
+    Starts beyond both ends are drawn too, and moved to them: else the first frame and the last would be in one run
+    where those between are in ``length``, and come out smoother than they are.
+    """
+    drawn = torch.randint(1 - length, num_frames, (count,), generator=generator, device=generator.device)
+    return drawn.clamp(0, num_frames - length)
 
 
 class AutoencoderModule(nn.Module):
@@ -163,9 +173,9 @@ class AutoencoderTask:
         self, discriminator: PatchDiscriminator, reconstruction: Tensor, video: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """What the autoencoder and the discriminator minimise, on some consecutive frames of every clip."""
-        size, last = self.config.loop.batch_size, video.shape[2] - discriminator.num_frames
-        drawn = torch.randint(last + 1, (size,), generator=generator, device=generator.device)
-        starts = self._share.of(drawn)
+        starts = self._share.of(
+            draw_starts(self.config.loop.batch_size, discriminator.num_frames, video.shape[2], generator)
+        )
         real, coded = (cut_runs(clips, starts, discriminator.num_frames) for clips in (video, reconstruction))
         its = discriminator_loss(discriminator(real), discriminator(coded.detach()))
         return adversarial_loss(scores_through_fixed_weights(discriminator, coded)), its

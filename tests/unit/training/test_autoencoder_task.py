@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from medsora.models.autoencoder import VideoAutoencoder
-from training.autoencoder_task import AutoencoderTask, adversarial_weight
+from training.autoencoder_task import AutoencoderTask, adversarial_weight, draw_starts
 from training.checkpointing import load_newest
 from training.config import AutoencoderLossConfig, TrainConfig, override
 from training.data.clips import ClipSet
@@ -203,3 +203,15 @@ def test_a_run_with_a_discriminator_resumes_to_the_bit(tmp_path: Path) -> None:
     assert whole.keys() == resumed.keys()
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
+
+
+@pytest.mark.parametrize("length", [1, 4, 16])
+def test_the_discriminator_sees_the_frames_at_both_ends_as_often_as_others(length: int) -> None:
+    starts = draw_starts(20_000, length, 16, torch.Generator().manual_seed(0))
+    assert 0 <= int(starts.min()) <= int(starts.max()) <= 16 - length
+    seen = torch.zeros(16)
+    for start, times in zip(*starts.unique(return_counts=True), strict=True):
+        seen[start : start + length] += times
+    # an end is seen by all runs that were moved to it, and so a little more often than the least seen frame
+    assert float(seen[[0, -1]].min() / seen.median()) > 0.9
+    assert float(seen.max() / seen.min()) < 2.1
