@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "VideoInfo",
+    "fragmented_mp4_writer",
     "from_uint8",
     "iterate_video",
     "mp4_writer",
@@ -163,6 +164,76 @@ def mp4_writer(
 
         yield write
         output.mux(stream.encode())
+
+
+@contextmanager
+def fragmented_mp4_writer(
+    sink: Callable[[bytes], None],
+    *,
+    size: tuple[int, int],
+    fps: float,
+    crf: int = 18,
+    preset: str = "veryfast",
+    metadata: Mapping[str, str] | None = None,
+) -> Iterator[Callable[[Frames], None]]:
+    """Give a function that writes the next frames of an MP4 that plays while it grows: a fragment a frame.
+
+    All frames but the last are in the sink when the function returns; that one follows with the next. Equal frames give
+    equal bytes, however they are cut.
+
+    Args:
+        sink: Takes the next bytes; what it raises ends the writing.
+        size: (width, height) of all frames, even.
+        fps: Frames a second, above 0.
+        crf: Quality, as of :func:`mp4_writer`.
+        preset: x264 preset.
+        metadata: Lower-case keys.
+
+    Raises:
+        VideoError: The frames or a setting cannot be encoded.
+    """
+    path, (width, height) = Path("stream.mp4"), size
+    _check_fps(path, fps)
+    if height % 2 or width % 2 or not 1 <= crf <= 51:
+        raise VideoError(f"{path}: needs even sizes and a crf of 1 to 51, got {width}x{height} and {crf}")
+    tags = _check_metadata(path, metadata)
+    flags = "frag_every_frame+empty_moov+default_base_moof+skip_trailer"
+    if not set(tags) <= _MP4_KEYS:
+        flags += "+use_metadata_tags"
+    # zerolatency: else the encoder keeps dozens of frames to look ahead
+    options = {"crf": str(crf), "preset": preset, "tune": "zerolatency", "threads": "1", "bf": "0", "g": "16"}
+    container_options = {"movflags": flags, "fflags": "bitexact", "flush_packets": "1"}
+    with (
+        _file_errors(path, "written"),
+        av.open(_Sink(sink), "w", "mp4", container_options=container_options) as output,
+    ):
+        output.metadata.update(tags)
+        stream = output.add_stream("libx264", rate=_rate(path, fps), options=options)
+        _tag_colours(stream.codec_context, width, height)
+        number = itertools.count()
+
+        def write(frames: Frames) -> None:
+            for rgb in frames:
+                frame = _to_yuv(rgb)
+                frame.pts = next(number)
+                output.mux(stream.encode(frame))
+
+        yield write
+        output.mux(stream.encode())
+
+
+class _Sink:
+    """What PyAV takes for a file that can be written and nothing else."""
+
+    name = "stream.mp4"
+
+    def __init__(self, sink: Callable[[bytes], None]) -> None:
+        self._sink = sink
+
+    def write(self, data: bytes) -> int:
+        content = bytes(data)
+        self._sink(content)
+        return len(content)
 
 
 def write_ffv1(path: Path, frames: Frames, *, fps: float, metadata: Mapping[str, str] | None = None) -> None:

@@ -11,7 +11,7 @@ import medsora
 from server.api import batches as batches_api
 from server.api import events as events_api
 from server.api import files as files_api
-from server.api import health, models, usage, videos
+from server.api import health, live, models, usage, videos
 from server.api import webhooks as webhooks_api
 from server.api.access import AccessControl, get_caller
 from server.api.dependencies import Services
@@ -150,7 +150,7 @@ def create_app(settings: Settings) -> FastAPI:
         metrics=http_metrics,
         body_limits={"/v1/files": settings.max_file_bytes + UPLOAD_OVERHEAD_BYTES},
     )
-    for part in (events_api, videos, files_api, batches_api, webhooks_api, models, usage):
+    for part in (events_api, videos, live, files_api, batches_api, webhooks_api, models, usage):
         app.include_router(part.router, dependencies=[Depends(get_caller)], responses=error_responses(401, 403, 429))
     app.include_router(health.router)
     labels = [label.name for label in catalogue.default.manifest.labels]

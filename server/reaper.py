@@ -26,6 +26,7 @@ __all__ = ["Reaper"]
 logger = logging.getLogger(__name__)
 _BATCH = 500
 _UNUSED_S = 3600.0
+_LIVE_KEPT_S = 600.0
 
 
 class Reaper:
@@ -145,6 +146,8 @@ class Reaper:
         for file in files:
             artifact, attempt_at_work = owners.get(file.job_id, (None, None))
             is_published = file.video == artifact and not file.is_partial
+            if file.is_live and file.age_s > _LIVE_KEPT_S:
+                is_published = False  # whoever still follows it has it open
             if not is_published and file.attempt != attempt_at_work:
                 self._store.remove(file.name)
                 removed += 1

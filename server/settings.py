@@ -165,6 +165,12 @@ class Settings(BaseSettings):
     events_max_rows: int = Field(
         1_000_000, ge=1000, le=100_000_000, description="Most events that are kept, whatever their age."
     )
+    stream_interval_s: float = Field(
+        0.2, gt=0.0, le=10.0, description="Seconds between two looks for more of a video that is watched as it is made."
+    )
+    stream_wait_s: float = Field(
+        60.0, gt=0.0, le=3600.0, description="Seconds that a stream waits for the first frames of a video, then a 409."
+    )
     max_event_streams: int = Field(
         5000, ge=1, le=20_000, description="Streams of events that one API process serves at once; more get a 429."
     )

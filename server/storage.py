@@ -1,9 +1,9 @@
 """Finished videos on disk. A name that a client can ask for always holds a whole, checked file.
 
 Files lie in ``<root>/<2 hex digits>/<job id>.<attempt>.mp4``, the stills of a video beside it
-(``<job id>.<attempt>.thumbnail.webp``, ``.spritesheet.jpg``); while one is written, ``.part`` stands before its last
-suffix. The attempt in the name keeps apart two workers that believe to own one job. This module knows no format: how
-to write and to check a file is handed in.
+(``<job id>.<attempt>.thumbnail.webp``, ``.spritesheet.jpg``), and for a while ``.live.mp4``, which is followed while a
+long one is made. While one is written, ``.part`` stands before its last suffix. The attempt in the name keeps apart two
+workers that believe to own one job. This module knows no format: how to write and to check a file is handed in.
 """
 
 import enum
@@ -32,7 +32,7 @@ class Variant(enum.StrEnum):
 _SUFFIXES = {Variant.VIDEO: ".mp4", Variant.THUMBNAIL: ".thumbnail.webp", Variant.SPRITESHEET: ".spritesheet.jpg"}
 _NAME = re.compile(
     r"(?P<stem>(?P<shard>[0-9a-f]{2})/(?P<job>video_[0-9a-f]{32})\.(?P<attempt>[0-9]{1,9}))"
-    r"(?:(?P<part>\.part)?\.mp4|\.thumbnail(?P<part_t>\.part)?\.webp|\.spritesheet(?P<part_s>\.part)?\.jpg)"
+    r"(?:(?P<part>\.part)?\.mp4|(?P<live>\.live)\.mp4|\.thumbnail(?P<part_t>\.part)?\.webp|\.spritesheet(?P<part_s>\.part)?\.jpg)"
 )
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -60,6 +60,8 @@ class StoredFile:
     is_partial: bool
     video: str
     """Name of the video that it is, or that it was made from."""
+    is_live: bool
+    """What was followed while the video was made."""
     age_s: float
     """Seconds since it was last written."""
 
@@ -124,6 +126,14 @@ class ArtifactStore:
             name = match["stem"] + _SUFFIXES[variant]
         return self.root / name
 
+    def live_path(self, job_id: str, attempt: int) -> Path:
+        """Where an attempt at a long video writes what can be followed: not whole, nor checked, until it is done.
+
+        Raises:
+            ValueError: Not the id of a job.
+        """
+        return self.root / _name(job_id, attempt, Variant.VIDEO).replace(".mp4", ".live.mp4")
+
     def remove(self, name: str) -> None:
         """Remove a file for good; nothing happens when it is not there."""
         path = self.path(name)
@@ -169,6 +179,7 @@ class ArtifactStore:
                     attempt=int(match["attempt"]),
                     is_partial=any(match[group] is not None for group in ("part", "part_t", "part_s")),
                     video=match["stem"] + _SUFFIXES[Variant.VIDEO],
+                    is_live=match["live"] is not None,
                     age_s=now - modified,
                 )
 

@@ -11,30 +11,26 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from celery.exceptions import SoftTimeLimitExceeded
 from sqlalchemy.exc import SQLAlchemyError
 
-from medsora.errors import BackendError, CheckpointError, MedsoraError, VideoError
+from medsora.errors import BackendError, CheckpointError, MedsoraError
 from medsora.provenance import clip_metadata
 from medsora.request import GenerationRequest
-from medsora.video_io import mp4_writer, probe_video, write_mp4
-from server.checkpoints import ServedCheckpoint
+from medsora.video_io import write_mp4
 from server.errors import without_folders
 from server.jobs.queue import JobQueue, QueueError
 from server.jobs.repository import Claim, FinishedWork
 from server.storage import ArtifactInfo, StorageFullError, Variant
-from server.worker.pieces import StillFrames, is_made_at_once, make_pieces
+from server.worker.pieces import is_made_at_once, make_in_pieces, write_checked
 from server.worker.preview import PreviewWriter
 from server.worker.progress import ClaimKeeper, ClaimLost, JobCanceled, WorkerStopping
 from server.worker.runtime import WorkerRuntime
-from server.worker.sources import SourceError, load_source
-from server.worker.stills import read_size, write_spritesheet, write_thumbnail
-
-if TYPE_CHECKING:
-    from medsora.pipeline import VideoPipeline
+from server.worker.sources import SourceError
+from server.worker.stills import write_spritesheet, write_thumbnail
 
 __all__ = ["run_job"]
 
@@ -102,7 +98,16 @@ def _make(runtime: WorkerRuntime, claim: Claim, keeper: ClaimKeeper) -> Finished
     )
     preview = PreviewWriter(runtime.repository, [claim], interval_s=runtime.settings.preview_interval_s)
     if not is_made_at_once(job, checkpoint.manifest):
-        return _make_in_pieces(runtime, claim, keeper, checkpoint, pipeline, request, preview)
+        return make_in_pieces(
+            runtime,
+            claim,
+            checkpoint,
+            pipeline,
+            request,
+            on_step=keeper.on_step,
+            check=keeper.check,
+            preview=preview,
+        )
     began = time.monotonic()
     frames = pipeline([request], on_step=keeper.on_step, preview=preview)[0]
     sampled = time.monotonic()
@@ -128,92 +133,6 @@ def _make(runtime: WorkerRuntime, claim: Claim, keeper: ClaimKeeper) -> Finished
     )
 
 
-def _make_in_pieces(
-    runtime: WorkerRuntime,
-    claim: Claim,
-    keeper: ClaimKeeper,
-    checkpoint: ServedCheckpoint,
-    pipeline: "VideoPipeline",
-    request: GenerationRequest,
-    preview: PreviewWriter,
-) -> FinishedWork:
-    """Sample, encode and store piece by piece."""
-    job = claim.job
-    source, frames = None, None
-    if job.source_id is not None:
-        source = runtime.sources.get(job.source_id)
-        frames = load_source(runtime.source_store, source, job)
-        keeper.check()
-    metadata = clip_metadata(
-        request,
-        model=checkpoint.name,
-        model_sha256=checkpoint.sha256,
-        source=None if source is None else {"kind": job.source_kind or "", "sha256": source.sha256},
-    )
-    stills = StillFrames(job.num_frames)
-    began = time.monotonic()
-    encode_s = 0.0
-
-    def write(path: Path) -> None:
-        nonlocal encode_s
-        with mp4_writer(path, size=(job.width, job.height), fps=job.fps, metadata=metadata) as encode:
-            for piece in make_pieces(pipeline, request, job, frames, on_step=keeper.on_step, preview=preview):
-                piece_began = time.monotonic()
-                encode(piece)
-                stills.add(piece)
-                encode_s += time.monotonic() - piece_began
-        keeper.check()
-
-    try:
-        video = _write_checked(runtime, claim, Variant.VIDEO, write)
-        made = time.monotonic()
-        thumbnail = _write_checked(
-            runtime, claim, Variant.THUMBNAIL, lambda path: write_thumbnail(path, stills.thumbnail, metadata=metadata)
-        )
-        sheet = _write_checked(
-            runtime, claim, Variant.SPRITESHEET, lambda path: write_spritesheet(path, stills.sheet, metadata=metadata)
-        )
-    except BaseException:
-        with suppress(OSError):  # the reaper removes what stays
-            runtime.store.remove_attempt(job.id, claim.token)
-        raise
-    return FinishedWork(
-        artifact=video.name,
-        size_bytes=video.size_bytes,
-        sha256=video.sha256,
-        thumbnail_sha256=thumbnail.sha256,
-        spritesheet_sha256=sheet.sha256,
-        sampling_s=made - began - encode_s,
-        encode_s=encode_s,
-        store_s=time.monotonic() - made,
-    )
-
-
-def _write_checked(
-    runtime: WorkerRuntime, claim: Claim, variant: Variant, write: Callable[[Path], None]
-) -> ArtifactInfo:
-    """Write a file of a clip, and read it back before it is published."""
-    job = claim.job
-
-    def check(path: Path) -> None:
-        if variant is not Variant.VIDEO:
-            read_size(path)
-            return
-        info = probe_video(path)
-        if (info.num_frames, info.height, info.width) != (job.num_frames, job.height, job.width):
-            raise VideoError(f"the file holds {info.num_frames} frames of {info.width}x{info.height}")
-        if "comment" not in info.metadata:
-            raise VideoError("the file does not say that it is synthetic")
-
-    try:
-        return runtime.store.write(job.id, claim.token, write, check, variant=variant)
-    except VideoError as error:
-        # Some writers notice a full disk only by a file that is cut off.
-        if runtime.store.free_bytes() < job.num_frames * job.height * job.width * 3:
-            raise StorageFullError("no room for the video") from error
-        raise
-
-
 def _store(
     runtime: WorkerRuntime, claim: Claim, frames: Frames, metadata: Mapping[str, str]
 ) -> tuple[dict[Variant, ArtifactInfo], float]:
@@ -232,7 +151,7 @@ def _store(
             write_spritesheet(path, frames, metadata=metadata)
         encode_s += time.monotonic() - began
 
-    stored = {variant: _write_checked(runtime, claim, variant, partial(write, variant)) for variant in Variant}
+    stored = {variant: write_checked(runtime, claim, variant, partial(write, variant)) for variant in Variant}
     return stored, encode_s
 
 

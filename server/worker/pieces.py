@@ -3,22 +3,34 @@
 Each piece is encoded as it comes, so that memory does not grow with the length of the clip.
 """
 
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from io import FileIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from medsora.errors import VideoError
 from medsora.manifest import Manifest
+from medsora.provenance import clip_metadata
 from medsora.request import GenerationRequest
-from server.jobs.repository import JobRecord
+from medsora.video_io import fragmented_mp4_writer, mp4_writer, probe_video
+from server.checkpoints import ServedCheckpoint
+from server.jobs.repository import Claim, FinishedWork, JobRecord
 from server.sources.model import SourceKind
-from server.worker.stills import sheet_layout
+from server.storage import ArtifactInfo, StorageFullError, Variant
+from server.worker.runtime import WorkerRuntime
+from server.worker.sources import load_source
+from server.worker.stills import read_size, sheet_layout, write_spritesheet, write_thumbnail
 
 if TYPE_CHECKING:
     from medsora.pipeline import Preview, VideoPipeline
 
-__all__ = ["StillFrames", "is_made_at_once", "make_pieces"]
+__all__ = ["StillFrames", "is_made_at_once", "make_in_pieces", "make_pieces", "write_checked"]
 
 Frames = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -58,6 +70,112 @@ def make_pieces(
         # the last frames of the source come again, as the model sees them
         yield piece[known:]
         known = max(0, known - len(piece))
+
+
+def make_in_pieces(
+    runtime: WorkerRuntime,
+    claim: Claim,
+    checkpoint: ServedCheckpoint,
+    pipeline: "VideoPipeline",
+    request: GenerationRequest,
+    *,
+    on_step: Callable[[int, int], None],
+    check: Callable[[], None],
+    preview: "Preview | None" = None,
+) -> FinishedWork:
+    """Sample, encode and store a clip piece by piece; meanwhile it can be followed.
+
+    Args:
+        on_step: Of the sampler, with the steps of all windows.
+        check: Raises where the job is not to go on.
+        preview: Of the sampler.
+    """
+    job = claim.job
+    source, frames = None, None
+    if job.source_id is not None:
+        source = runtime.sources.get(job.source_id)
+        frames = load_source(runtime.source_store, source, job)
+        check()
+    metadata = clip_metadata(
+        request,
+        model=checkpoint.name,
+        model_sha256=checkpoint.sha256,
+        source=None if source is None else {"kind": job.source_kind or "", "sha256": source.sha256},
+    )
+    stills = StillFrames(job.num_frames)
+    began = time.monotonic()
+    encode_s = 0.0
+
+    def write(path: Path) -> None:
+        nonlocal encode_s
+        options: dict[str, Any] = {"size": (job.width, job.height), "fps": job.fps, "metadata": metadata}
+        with (
+            runtime.store.live_path(job.id, claim.token).open("wb", buffering=0) as live,
+            mp4_writer(path, **options) as encode,
+            fragmented_mp4_writer(partial(_write_all, live), **options) as encode_live,
+        ):
+            for piece in make_pieces(pipeline, request, job, frames, on_step=on_step, preview=preview):
+                piece_began = time.monotonic()
+                encode_live(piece)
+                encode(piece)
+                stills.add(piece)
+                encode_s += time.monotonic() - piece_began
+        check()
+
+    try:
+        video = write_checked(runtime, claim, Variant.VIDEO, write)
+        made = time.monotonic()
+        thumbnail = write_checked(
+            runtime, claim, Variant.THUMBNAIL, lambda path: write_thumbnail(path, stills.thumbnail, metadata=metadata)
+        )
+        sheet = write_checked(
+            runtime, claim, Variant.SPRITESHEET, lambda path: write_spritesheet(path, stills.sheet, metadata=metadata)
+        )
+    except BaseException:
+        with suppress(OSError):  # the reaper removes what stays
+            runtime.store.remove_attempt(job.id, claim.token)
+        raise
+    return FinishedWork(
+        artifact=video.name,
+        size_bytes=video.size_bytes,
+        sha256=video.sha256,
+        thumbnail_sha256=thumbnail.sha256,
+        spritesheet_sha256=sheet.sha256,
+        sampling_s=made - began - encode_s,
+        encode_s=encode_s,
+        store_s=time.monotonic() - made,
+    )
+
+
+def write_checked(
+    runtime: WorkerRuntime, claim: Claim, variant: Variant, write: Callable[[Path], None]
+) -> ArtifactInfo:
+    """Write a file of a clip, and read it back before it is published."""
+    job = claim.job
+
+    def check(path: Path) -> None:
+        if variant is not Variant.VIDEO:
+            read_size(path)
+            return
+        info = probe_video(path)
+        if (info.num_frames, info.height, info.width) != (job.num_frames, job.height, job.width):
+            raise VideoError(f"the file holds {info.num_frames} frames of {info.width}x{info.height}")
+        if "comment" not in info.metadata:
+            raise VideoError("the file does not say that it is synthetic")
+
+    try:
+        return runtime.store.write(job.id, claim.token, write, check, variant=variant)
+    except VideoError as error:
+        # Some writers notice a full disk only by a file that is cut off.
+        if runtime.store.free_bytes() < job.num_frames * job.height * job.width * 3:
+            raise StorageFullError("no room for the video") from error
+        raise
+
+
+def _write_all(file: FileIO, content: bytes) -> None:
+    """Unbuffered, so that whoever follows sees it at once."""
+    while content:
+        content = content[file.write(content) :]
 
 
 class StillFrames:

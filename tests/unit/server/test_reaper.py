@@ -1,6 +1,7 @@
 """The reaper: what it publishes again, and which files and rows it removes."""
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -226,6 +227,31 @@ def test_only_files_that_belong_to_no_job_are_removed(
     reaper.sweep()
     assert [path for path in kept if not path.exists()] == []
     assert [path for path in gone if path.exists()] == []
+
+
+def test_what_was_followed_goes_some_time_after_the_video_is_finished(
+    reaper: Reaper,
+    repository: JobRepository,
+    store: ArtifactStore,
+    add_job: AddJob,
+    finished_work: Callable[[str, int], FinishedWork],
+) -> None:
+    finished, running = add_job(), add_job()
+    for job_id in (finished, running):
+        claim = repository.claim(job_id, worker="w")
+        assert claim is not None
+        put(store, job_id, 1)
+        store.live_path(job_id, 1).write_bytes(b"fragments")
+    assert repository.succeed(finished, 1, finished_work(finished, 1))
+    for age_s, left in ((300.0, True), (700.0, False)):
+        for job_id in (finished, running):
+            past = time.time() - age_s
+            os.utime(store.live_path(job_id, 1), (past, past))
+        time.sleep(0.002)
+        reaper.sweep()
+        assert store.live_path(finished, 1).exists() is left
+        assert store.live_path(running, 1).exists()
+    assert store.path(finished_work(finished, 1).artifact).exists()
 
 
 def test_dead_workers_are_forgotten(reaper: Reaper, database: Database) -> None:
