@@ -58,6 +58,7 @@ _RESULT_LINES = 500
 _SETTLE_LINES = 1000
 _LEAST_QUEUED = 8
 """Jobs that may wait whatever the pace: else a start from rest would never come about."""
+_HOLD_LOOKS = 5
 _REMOVE_FILES = 100
 _ORPHAN_S = 3600.0
 """Nobody is still writing a file that has not grown for so long."""
@@ -90,6 +91,8 @@ class BatchRunner:
         self._jobs, self._sources = jobs, sources
         self._repository, self._queue = repository, queue
         self._next_scan = 0.0  # of the steady clock
+        self._held_until: dict[int, float] = {}
+        """Of batches whose tenant has used up a quota: when it is worth to look again, of the steady clock."""
 
     def run(self, stop: threading.Event) -> None:
         """Work until ``stop`` is set. An outage of database, broker or disk is waited out."""
@@ -243,13 +246,33 @@ class BatchRunner:
                 return False
             self._batches.begin_end(claim, expired=False)
             return True
-        if room <= 0:
+        if room <= 0 or time.monotonic() < self._held_until.get(claim.batch.seq, 0.0):
             return False
+        if claim.batch.seq in self._held_until:
+            lines = lines[:1]  # is there room again?
         submitted = self._resolve(claim.batch, lines)
-        job_ids = self._batches.submit(claim, submitted)
+        wanted = [line.job for line in submitted if line.job is not None]
+        job_ids: list[str] = []
+        try:
+            job_ids = self._batches.submit(claim, submitted)
+        finally:
+            self._discard(wanted[len(job_ids) :])
         self._publish(job_ids)
+        if len(job_ids) < len(wanted):  # a quota of the tenant is used up
+            self._held_until[claim.batch.seq] = time.monotonic() + _HOLD_LOOKS * self._settings.batch_interval_s
+        else:
+            self._held_until.pop(claim.batch.seq, None)
         # Where the first waits for a quota, nothing was done.
         return bool(job_ids) or bool(submitted and submitted[0].job is None)
+
+    def _discard(self, jobs: Sequence[dict[str, Any]]) -> None:
+        """Remove what was kept for jobs that were not made; they will be resolved anew."""
+        for job in jobs:
+            if job.get("source_id") is not None:
+                try:
+                    self._sources.discard(job["source_id"])
+                except (SQLAlchemyError, OSError) as error:
+                    logger.warning("a source is left to the sweeper: %s", error)
 
     def _room(self) -> int:
         """Number of jobs that batches may make now, so that other requests still find a place in the queue."""

@@ -63,6 +63,12 @@ class SourceRepository:
             row = connection.execute(select(_TABLE).where(Source.id == source_id)).one_or_none()
         return None if row is None else SourceRecord(**row._mapping)
 
+    def forget(self, source_id: str) -> bool:
+        """Remove the row of a source. False when a job refers to it, or there is none."""
+        unused = delete(Source).where(Source.id == source_id, ~exists().where(Job.source_id == Source.id))
+        with self._database.write() as connection:
+            return connection.execute(unused).rowcount == 1
+
     def forget_unused(self, *, older_than_s: float, limit: int) -> list[str]:
         """Remove the rows of sources that no job refers to; returns their ids, whose bytes are to go.
 

@@ -107,6 +107,11 @@ class SourceService:
             values = self._jobs.resolve(tenant, replace(order, prefix_frames=found.media.num_frames))
             return self._columns(tenant, values, found, SourceKind.REFERENCE, source.field)
 
+    def discard(self, source_id: str) -> None:
+        """Remove a source that no job was made for after all; else the sweeper would, in a while."""
+        if self._repository.forget(source_id):
+            self._store.remove(source_id)
+
     def edit(self, tenant: str, order: VideoOrder, source: SourceOrder, *, strength: float | None) -> JobRecord:
         """Accept an edit of a video: of its length and size, with another label.
 

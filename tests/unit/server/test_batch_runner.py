@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
-from sqlalchemy import func, select, update
+from sqlalchemy import delete, func, select, update
 
 from medsora.checkpoint import write_tiny_checkpoint
 from server import batch_runner
@@ -28,6 +29,7 @@ from server.jobs.database import Database, database_now
 from server.jobs.model import Job, JobStatus
 from server.jobs.queue import QueueError
 from server.jobs.repository import FinishedWork, JobRepository
+from server.keys.limits import UsageOfDay
 from server.settings import Settings
 
 Finish = Callable[[str, int], FinishedWork]
@@ -226,6 +228,31 @@ def test_lines_may_begin_with_a_picture(settings: Settings, finished_work: Finis
         for number, one in enumerate(errors, start=1):
             alone = client.post("/v1/videos", json=lines[number]["body"])
             assert (one["response"]["status_code"], one["response"]["body"]) == (alone.status_code, alone.json())
+        bench.database.close()
+
+
+def test_lines_that_wait_for_a_quota_leave_nothing_behind(
+    settings: Settings, finished_work: Finish, tmp_path: Path
+) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(buffer, "PNG")
+    picture = {"image_url": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()}
+    checkpoint = write_tiny_checkpoint(tmp_path / "tiny", max_frames=32)
+    quota = {"checkpoints": (str(checkpoint),), "tenant_clips_per_day": 2, "batch_interval_s": 0.01}
+    changed = settings.model_copy(update=quota)
+    with TestClient(create_app(changed)) as client:
+        bench = Bench(client, changed, finished_work)
+        batch_id = bench.create([line(name, input_reference=picture) for name in "abcd"])
+        for _ in range(3):
+            bench.look()
+            time.sleep(0.06)
+        assert len(bench.waiting()) == 2
+        kept = [path for path in changed.sources_dir.rglob("*") if path.is_file()]
+        assert len(kept) == 2
+        with bench.database.write() as connection:
+            connection.execute(delete(UsageOfDay))
+        time.sleep(0.06)
+        assert bench.work_off(batch_id)["request_counts"] == {"total": 4, "completed": 4, "failed": 0}
         bench.database.close()
 
 
