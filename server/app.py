@@ -122,6 +122,7 @@ def create_app(settings: Settings) -> FastAPI:
         )
         if app.state.services.access.needs_key() and not keys.any_exists():
             logger.warning("callers need a key, and there is none yet: make one with `medsora-server keys create`")
+        http_metrics.start(counters)
         loop = asyncio.get_running_loop()
         app.state.end_streams = lambda: loop.call_soon_threadsafe(follower.close)
         try:
@@ -130,6 +131,7 @@ def create_app(settings: Settings) -> FastAPI:
             await follower.stop()
             publisher.close()
             probe_queue.close()
+            await asyncio.to_thread(http_metrics.close)
             counters.close()
             database.close()
 

@@ -6,25 +6,34 @@ Plain ASGI, so that streamed answers stay streamed.
 import logging
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Histogram
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import TooLargeError, error_body
+from server.jobs.database import Database
+from server.measures import Measure, Sums, add_sums
 
-__all__ = ["RATE_HEADERS", "HttpMetrics", "RequestMiddleware", "configure_logging"]
+__all__ = ["HTTP_SECONDS", "RATE_HEADERS", "HttpMetrics", "RequestMiddleware", "configure_logging"]
 
 RATE_HEADERS = "medsora.rate_headers"
 """Key of the list in a request's scope whose pairs become headers of the answer, whatever that is."""
 
 logger = logging.getLogger(__name__)
 
-_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0)
+FLUSH_INTERVAL_S = 5.0
+HTTP_SECONDS = Measure(
+    name="medsora_http_request_seconds",
+    about="Seconds from the first byte of a request to the last of its answer.",
+    labels=("method", "route", "status"),
+    edges=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0),
+)
 
 
 def configure_logging(level: str) -> None:
@@ -35,17 +44,66 @@ def configure_logging(level: str) -> None:
 
 
 class HttpMetrics:
-    """Histogram of request durations, by method, route template and status; never by id."""
+    """Durations of requests, by method, route template and status; never by id.
 
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.seconds = Histogram(
-            "medsora_http_request_seconds",
-            "Seconds from the first byte of a request to the last of its answer.",
-            ("method", "route", "status"),
-            buckets=_BUCKETS,
-            registry=self.registry,
-        )
+    They are gathered here, and moved to the database by :meth:`flush` and every few seconds by a thread: so every API
+    process tells the sum over all of them, and a process that is killed takes no more than those seconds with it.
+    """
+
+    def __init__(self, *, interval_s: float = FLUSH_INTERVAL_S) -> None:
+        self._interval_s = interval_s
+        self._lock = threading.Lock()
+        self._flushing = threading.Lock()
+        self._gathered: dict[tuple[str, tuple[str, ...]], Sums] = {}
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._database: Database | None = None
+
+    def observe(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Count a request."""
+        with self._lock:
+            sums = self._gathered.setdefault((HTTP_SECONDS.name, (method, route, str(status))), Sums())
+            sums.add(HTTP_SECONDS.le(seconds), 1, seconds)
+
+    def start(self, database: Database) -> None:
+        """Begin to move what is gathered to this database."""
+        self._database = database
+        self._ended.clear()
+        self._thread = threading.Thread(target=self._run, name="measures", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Move the rest and end."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+        self.flush()
+        self._database = None
+
+    def flush(self) -> None:
+        """Move what is gathered to the database now. Where that fails it is kept for the next time."""
+        with self._flushing:
+            with self._lock:
+                moved, self._gathered = self._gathered, {}
+            if not moved or self._database is None:
+                return self._put_back(moved)
+            try:
+                with self._database.write() as connection:
+                    add_sums(connection, moved)
+            except SQLAlchemyError as error:
+                logger.warning("durations of requests are written later: %s", type(error).__name__)
+                self._put_back(moved)
+
+    def _put_back(self, moved: dict[tuple[str, tuple[str, ...]], Sums]) -> None:
+        with self._lock:
+            for key, sums in moved.items():
+                kept = self._gathered.setdefault(key, Sums())
+                for le, count in sums.counts.items():
+                    kept.add(le, count, sums.totals[le])
+
+    def _run(self) -> None:
+        while not self._ended.wait(self._interval_s):
+            self.flush()
 
 
 class RequestMiddleware:
@@ -115,7 +173,7 @@ class RequestMiddleware:
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
             method = scope["method"] if scope["method"] in _METHODS else "other"
-            self._metrics.seconds.labels(method, route, str(status)).observe(time.perf_counter() - started)
+            self._metrics.observe(method, route, status, time.perf_counter() - started)
 
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})

@@ -7,20 +7,25 @@ from collections.abc import Callable, Iterable
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from sqlalchemy.exc import SQLAlchemyError
 
 from server.api.dependencies import Services, ServicesDep
 from server.errors import error_body, without_folders
+from server.jobs.measures import JOB_MEASURES
 from server.jobs.model import TERMINAL, JobStatus
 from server.jobs.queue import QueueError
 from server.jobs.totals import Totals, read_totals
 from server.jobs.workers import WorkerRecord
+from server.measures import Sums, read_measures
+from server.observability import HTTP_SECONDS
+from server.webhooks.repository import DELIVERIES
 
 __all__ = ["router"]
 
 router = APIRouter(tags=["health"])
 logger = logging.getLogger(__name__)
+MEASURES = (*JOB_MEASURES, DELIVERIES, HTTP_SECONDS)
 _probe_lock = threading.Lock()
 
 
@@ -94,16 +99,18 @@ def _check_worker(services: Services) -> str | None:
 def metrics(services: ServicesDep) -> Response:
     """Figures in Prometheus' text format.
 
-    What concerns jobs and workers is read from the database, so every API process tells the same; request
-    durations are those of the process that answers.
+    All is read from the database, so every API process tells the same; durations of requests to other API processes
+    are there a few seconds later.
     """
+    services.http_metrics.flush()
+    measured = read_measures(services.database, MEASURES)
     totals = read_totals(services.database)
     workers = services.workers.alive()
     registry = CollectorRegistry()
     registry.register(_Collected(lambda: _job_metrics(totals)))
+    registry.register(_Collected(lambda: _measured_metrics(measured)))
     registry.register(_Collected(lambda: _worker_metrics(workers)))
-    body = generate_latest(registry) + generate_latest(services.http_metrics.registry)
-    return Response(body, media_type=CONTENT_TYPE_LATEST)
+    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
 class _Collected:
@@ -120,15 +127,6 @@ def _job_metrics(totals: dict[tuple[str, JobStatus], Totals]) -> Iterable[Metric
     waiting = GaugeMetricFamily("medsora_num_requests_waiting", "Jobs in the queue.", labels=["model"])
     running = GaugeMetricFamily("medsora_num_requests_running", "Jobs that a worker holds.", labels=["model"])
     requests = CounterMetricFamily("medsora_requests", "Finished jobs.", labels=["model", "status"])
-    latency = SummaryMetricFamily(
-        "medsora_request_latency_seconds", "Seconds from acceptance to the end of a job.", labels=["model", "status"]
-    )
-    queued = SummaryMetricFamily(
-        "medsora_queue_time_seconds", "Seconds that completed jobs waited for a worker.", labels=["model"]
-    )
-    stages = SummaryMetricFamily(
-        "medsora_stage_latency_seconds", "Seconds of the parts of completed jobs.", labels=["model", "stage"]
-    )
     frames = CounterMetricFamily("medsora_frames_generated", "Frames of completed videos.", labels=["model"])
     video_s = CounterMetricFamily("medsora_video_seconds_generated", "Length of completed videos.", labels=["model"])
     redelivered = CounterMetricFamily("medsora_jobs_redelivered", "Second and further attempts.", labels=["model"])
@@ -138,15 +136,23 @@ def _job_metrics(totals: dict[tuple[str, JobStatus], Totals]) -> Iterable[Metric
         running.add_metric([model], of[JobStatus.RUNNING].jobs)
         for status in sorted(TERMINAL):
             requests.add_metric([model, status.value], of[status].jobs)
-            latency.add_metric([model, status.value], of[status].jobs, of[status].latency_s)
         done = of[JobStatus.SUCCEEDED]
-        queued.add_metric([model], done.jobs, done.queue_s)
-        for stage, seconds in (("sample", done.sampling_s), ("encode", done.encode_s), ("store", done.store_s)):
-            stages.add_metric([model, stage], done.jobs, seconds)
         frames.add_metric([model], done.frames)
         video_s.add_metric([model], done.video_s)
         redelivered.add_metric([model], sum(total.redelivered for total in of.values()))
-    return [waiting, running, requests, latency, queued, stages, frames, video_s, redelivered]
+    return [waiting, running, requests, frames, video_s, redelivered]
+
+
+def _measured_metrics(measured: dict[str, dict[tuple[str, ...], Sums]]) -> Iterable[Metric]:
+    for measure in MEASURES:
+        histogram = HistogramMetricFamily(measure.name, measure.about, labels=measure.labels)
+        counter = CounterMetricFamily(measure.name, measure.about, labels=measure.labels)
+        for labels, sums in measured[measure.name].items():
+            if measure.edges:
+                histogram.add_metric(labels, sums.cumulative(measure), sum_value=sums.total)
+            else:
+                counter.add_metric(labels, sums.count)
+        yield histogram if measure.edges else counter
 
 
 def _worker_metrics(workers: list[WorkerRecord]) -> Iterable[Metric]:
@@ -159,10 +165,17 @@ def _worker_metrics(workers: list[WorkerRecord]) -> Iterable[Metric]:
         "Seconds that a sampling process took to compile and warm up.",
         labels=["worker", "model", "batch_size"],
     )
+    gpu = GaugeMetricFamily(
+        "medsora_gpu_peak_memory_bytes",
+        "Most memory of its GPU that a sampling process has had for tensors at once.",
+        labels=["worker"],
+    )
     for worker in workers:
+        if worker.gpu_peak_bytes is not None:
+            gpu.add_metric([worker.id], worker.gpu_peak_bytes)
         up.add_metric([worker.id], 1.0 if worker.problem is None else 0.0)
         memory.add_metric([worker.id], worker.rss_bytes)
         for model, by_batch_size in worker.warm_up_s.items():
             for batch_size, seconds in by_batch_size.items():
                 warm_up.add_metric([worker.id, model, batch_size], seconds)
-    return [up, memory, warm_up]
+    return [up, memory, warm_up, gpu]

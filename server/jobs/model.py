@@ -178,6 +178,8 @@ class WorkerProcess(Base):
     """Why it cannot generate, e.g. that it is still starting, or a damaged checkpoint; None when it can."""
     warm_up_s: Mapped[dict[str, dict[str, float]]] = mapped_column(JSON, server_default="{}")
     """Seconds that warming up took, by model and by batch size (a text, as JSON has no other keys)."""
+    gpu_peak_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    """Most memory of its GPU that its tensors have had at once; None: it samples on the CPU."""
 
 
 class DeletedJob(Base):

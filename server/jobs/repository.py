@@ -16,6 +16,7 @@ from sqlalchemy import ColumnElement, Connection, Update, and_, case, delete, fu
 from server.events.jobs import announce_deletion, announce_preview, announce_progress, announce_states
 from server.idempotency import note_made
 from server.jobs.database import Database, database_now
+from server.jobs.measures import measure_ended
 from server.jobs.model import DEFAULT_TENANT, TERMINAL, DeletedJob, Job, JobStatus, new_job_id
 from server.keys.limits import NO_LIMITS, Limits, Quota, count_usage, fitting
 
@@ -193,7 +194,7 @@ class JobRepository:
             statement = insert(_TABLE).values({**new, **_ACCEPTED_NOW})
             row = connection.execute(statement.returning(*_TABLE.c)).one()
             note_made(connection, row.id)
-            announce_states(connection, [row])
+            _tell(connection, [row])
         return _record(row)
 
     def get(self, job_id: str, *, tenant: str | None = None) -> JobRecord | None:
@@ -314,7 +315,7 @@ class JobRepository:
         with self._database.write() as connection:
             row = connection.execute(statement).one_or_none()
             if row is not None:
-                announce_states(connection, [row])
+                _tell(connection, [row])
         return None if row is None else Claim(_record(row), row.attempt)
 
     def renew(self, job_id: str, token: int, *, steps_done: int, announce: bool = False) -> bool | None:
@@ -414,7 +415,7 @@ class JobRepository:
                 connection.execute(update(_TABLE).where(expired, which).values(**values).returning(*_TABLE.c)).all()
                 for which, values in changes
             ]
-            announce_states(connection, [row for rows in settled for row in rows])
+            _tell(connection, [row for rows in settled for row in rows])
         canceled, exhausted, requeued = map(len, settled)
         return SweepResult(requeued=requeued, exhausted=exhausted, canceled=canceled)
 
@@ -508,7 +509,7 @@ def insert_jobs(connection: Connection, jobs: Sequence[dict[str, Any]]) -> list[
     if rows:
         count_usage(connection, rows)
         connection.execute(insert(_TABLE).values(_ACCEPTED_NOW), rows)
-        announce_states(connection, connection.execute(select(_TABLE).where(Job.id.in_(ids))).all())
+        _tell(connection, connection.execute(select(_TABLE).where(Job.id.in_(ids))).all())
     return ids
 
 
@@ -536,10 +537,16 @@ def _cancel_waiting(connection: Connection, condition: ColumnElement[bool]) -> b
     return _change(connection, statement.values(**ended)) == 1
 
 
+def _tell(connection: Connection, rows: Sequence[Any]) -> None:
+    """Announce the new states of these jobs, and measure those that have ended."""
+    announce_states(connection, rows)
+    measure_ended(connection, rows)
+
+
 def _change(connection: Connection, statement: Update) -> int:
     """Change the state of jobs and announce it; returns how many."""
     rows = connection.execute(statement.returning(*_TABLE.c)).all()
-    announce_states(connection, rows)
+    _tell(connection, rows)
     return len(rows)
 
 

@@ -25,6 +25,8 @@ class WorkerRecord:
     problem: str | None
     warm_up_s: Mapping[str, Mapping[str, float]]
     """By model and batch size."""
+    gpu_peak_bytes: int | None
+    """None: it samples on the CPU."""
 
 
 class WorkerRegistry:
@@ -48,6 +50,7 @@ class WorkerRegistry:
         rss_bytes: int,
         problem: str | None,
         warm_up_s: Mapping[str, Mapping[str, float]] | None = None,
+        gpu_peak_bytes: int | None = None,
     ) -> None:
         """Write a sign of life."""
         values: dict[str, Any] = {
@@ -57,6 +60,7 @@ class WorkerRegistry:
             "rss_bytes": rss_bytes,
             "problem": problem,
             "warm_up_s": warm_up_s or {},
+            "gpu_peak_bytes": gpu_peak_bytes,
         }
         statement = update(WorkerProcess).where(WorkerProcess.id == worker_id).values(**values)
         with self._database.write() as connection:
@@ -83,6 +87,7 @@ class WorkerRegistry:
                 rss_bytes=row.rss_bytes,
                 problem=row.problem,
                 warm_up_s=row.warm_up_s,
+                gpu_peak_bytes=row.gpu_peak_bytes,
             )
             for row in rows
         ]

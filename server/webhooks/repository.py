@@ -9,11 +9,13 @@ from sqlalchemy import and_, delete, func, insert, or_, select, update
 
 from server.idempotency import note_made
 from server.jobs.database import Database, database_now
+from server.measures import Measure, Observation, add_observations
 from server.webhooks.model import Delivery, DeliveryState, Webhook, new_webhook_id
 from server.webhooks.signature import new_secret
 
 __all__ = [
     "AT_ONCE_A_URL",
+    "DELIVERIES",
     "DeliveryRecord",
     "DueDelivery",
     "TooManyWebhooksError",
@@ -25,6 +27,11 @@ _WEBHOOK: Any = Webhook.__table__
 _DELIVERY: Any = Delivery.__table__
 AT_ONCE_A_URL = 4
 """Attempts at one address that are claimed at once: one that hangs must not hold up the others."""
+DELIVERIES = Measure(
+    name="medsora_webhook_deliveries",
+    about="Attempts at delivering a message to a webhook: delivered, tried_again later, or given_up for good.",
+    labels=("result",),
+)
 _LOST = "the server was stopped during the last attempt"
 
 
@@ -188,7 +195,8 @@ class WebhookRepository:
         )
         given_up = {"state": DeliveryState.FAILED.value, "next_at": None, "problem": _LOST, "secret": None}
         with self._database.write() as connection:
-            connection.execute(update(Delivery).where(*lost).values(given_up))
+            number = connection.execute(update(Delivery).where(*lost).values(given_up)).rowcount
+            add_observations(connection, [Observation(DELIVERIES, ("given_up",))] * number)
             statement = (
                 update(_DELIVERY)
                 .where(
@@ -240,8 +248,12 @@ class WebhookRepository:
             Delivery.state == DeliveryState.PENDING,
             Delivery.attempts == due.delivery.attempts,
         )
+        result = "delivered" if problem is None else "given_up" if retry_after_s is None else "tried_again"
         with self._database.write() as connection:
-            return connection.execute(update(Delivery).where(*it).values(values)).rowcount == 1
+            is_settled = connection.execute(update(Delivery).where(*it).values(values)).rowcount == 1
+            if is_settled:
+                add_observations(connection, [Observation(DELIVERIES, (result,))])
+        return is_settled
 
     def counts(self) -> dict[str, int]:
         """Deliveries that are kept, by state."""

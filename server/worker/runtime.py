@@ -237,6 +237,7 @@ class WorkerRuntime:
                     rss_bytes=_resident_bytes(),
                     problem=self._problem,
                     warm_up_s=self._warm_up_s,
+                    gpu_peak_bytes=_gpu_peak_bytes() if self._pipelines and self._device.startswith("cuda") else None,
                 )
             except SQLAlchemyError as error:
                 logger.warning("no sign of life could be written: %s", error)
@@ -272,6 +273,12 @@ def _warm_up_encoder(request: GenerationRequest, fps: float) -> None:
     black = np.zeros((request.num_frames, request.height, request.width, 3), dtype=np.uint8)
     with tempfile.TemporaryDirectory(prefix="medsora-warm-up-") as folder:
         write_mp4(Path(folder) / "clip.mp4", black, fps=fps)
+
+
+def _gpu_peak_bytes() -> int:
+    import torch
+
+    return int(torch.cuda.max_memory_allocated())
 
 
 def _resident_bytes() -> int:

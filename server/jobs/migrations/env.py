@@ -8,6 +8,7 @@ import server.files.model
 import server.idempotency
 import server.keys.limits
 import server.keys.model
+import server.measures
 import server.sources.model
 import server.webhooks.model  # noqa: F401 - their tables belong to the same schema
 from server.jobs.model import Base

@@ -17,10 +17,11 @@ from sqlalchemy import update
 
 from server.jobs.database import Database, database_now
 from server.jobs.repository import FinishedWork, JobRepository
+from server.measures import read_measures
 from server.settings import Settings
 from server.webhooks import sender as sender_module
 from server.webhooks.model import KINDS, Delivery, DeliveryState
-from server.webhooks.repository import DeliveryRecord, WebhookRepository
+from server.webhooks.repository import DELIVERIES, DeliveryRecord, WebhookRepository
 from server.webhooks.sender import WebhookSender, retry_pause_s
 from server.webhooks.signature import is_secret, new_secret, sign
 
@@ -178,7 +179,7 @@ def test_outbox_is_written_with_what_it_tells_and_for_those_who_want_it(
 
 
 def test_it_is_tried_again_under_the_same_id_and_then_given_up(
-    receiver: Receiver, webhooks: WebhookRepository, repository: JobRepository, add_job: AddJob,
+    receiver: Receiver, webhooks: WebhookRepository, repository: JobRepository, add_job: AddJob, database: Database,
     send: Callable[..., None],
 ) -> None:  # fmt: skip
     webhook = webhooks.add("default", url=receiver.url, kinds=list(KINDS), most=9)
@@ -200,6 +201,13 @@ def test_it_is_tried_again_under_the_same_id_and_then_given_up(
     send(lambda: states(webhooks, webhook.id)[0] is DeliveryState.FAILED)
     assert deliveries(webhooks, webhook.id)[0].attempts == 1
     assert len(receiver.received) == 7
+    webhooks.sweep(kept_s=-1.0)
+    assert counted(database) == {"delivered": 1, "tried_again": 4, "given_up": 2}
+
+
+def counted(database: Database) -> dict[str, int]:
+    measured = read_measures(database, [DELIVERIES])[DELIVERIES.name]
+    return {result: sums.count for (result,), sums in measured.items()}
 
 
 def test_slow_down_and_huge(
@@ -279,6 +287,7 @@ def test_a_killed_sender_loses_nothing(
     assert (delivery.state, delivery.problem) == (
         DeliveryState.FAILED, "the server was stopped during the last attempt",
     )  # fmt: skip
+    assert counted(database) == {"given_up": 1}
 
 
 def test_no_packet_to_a_private_address_when_dns_changes_its_mind(
