@@ -55,11 +55,17 @@ def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
 
 
 def _allowed_methods(request: Request) -> list[str]:
-    """Methods that some route takes at this path; the framework names those of one route only."""
+    """Methods that some route takes at this path; the framework names those of one route only.
+
+    Where an endpoint has just this path, such as /v1/videos/edits, those that would take its last part for an id do not
+    count.
+    """
+    documented = request.app.openapi()["paths"].get(request.scope["path"])
     return [
         method
         for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
-        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in request.app.routes)
+        if (documented is None or method == "HEAD" or method.lower() in documented)
+        and any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in request.app.routes)
     ]
 
 

@@ -60,3 +60,11 @@ def test_examples_are_what_the_default_model_can_do(client: TestClient, document
     answers = [client.post("/v1/videos", json={"prompt": prompt}).status_code for prompt in prompts]
     assert answers == [200] * len(prompts)
     assert body["properties"]["model"]["examples"] == ["tiny"]
+
+
+def test_methods_that_are_allowed_are_those_of_the_document(client: TestClient, document: Any) -> None:
+    for path, operations in document["paths"].items():
+        answer = client.options(path.replace("{", "").replace("}", ""))
+        assert answer.status_code == 405, path
+        allowed = set(answer.headers["allow"].split(", ")) - {"HEAD"}
+        assert allowed == {method.upper() for method in operations}, path
