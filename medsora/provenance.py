@@ -9,7 +9,10 @@ from typing import Any
 
 from medsora.request import GenerationRequest
 
-__all__ = ["SYNTHETIC_NOTE", "clip_metadata"]
+__all__ = ["DIGITAL_SOURCE_TYPE", "SYNTHETIC_NOTE", "clip_metadata"]
+
+DIGITAL_SOURCE_TYPE = "trainedAlgorithmicMedia"
+"""IPTC's term for media made by a trained model."""
 
 SYNTHETIC_NOTE = (
     "Synthetic video made by a generative model (MedSora). It shows no patient. For research only, not for diagnosis."
@@ -32,7 +35,7 @@ def clip_metadata(
     """
     origin: dict[str, Any] = {
         "synthetic": True,
-        "digital_source_type": "trainedAlgorithmicMedia",
+        "digital_source_type": DIGITAL_SOURCE_TYPE,
         "model": model,
         "model_sha256": model_sha256,
         "label": request.label,

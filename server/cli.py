@@ -111,11 +111,13 @@ def worker() -> None:
     from server.settings import SettingsError
     from server.worker.celery_app import make_celery, worker_arguments
     from server.worker.compile_cache import keep_compiled_code
+    from server.worker.signing import signer_of
 
     # Celery warns of root because pickled messages could run code; only JSON is accepted here.
     warnings.filterwarnings("ignore", category=SecurityWarning)
     try:
         celery = make_celery(settings)
+        signer_of(settings)  # whoever has set a certificate wants nothing that is not signed
         keep_compiled_code(settings.data_dir, os.environ)
     except SettingsError as error:
         _fail(error)

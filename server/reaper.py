@@ -62,7 +62,7 @@ class Reaper:
 
     def sweep(self) -> None:
         """Do everything once. A part that fails does not hold up the others."""
-        for part in (self._settle_expired, self._publish, self._remove_deleted, self._tidy):
+        for part in (self._settle_expired, self._publish, self._end_lives, self._remove_deleted, self._tidy):
             try:
                 part()
             except (SQLAlchemyError, QueueError, OSError) as error:
@@ -98,6 +98,10 @@ class Reaper:
             self._repository.mark_published(published)
         if published:
             logger.info("published %d jobs again", len(published))
+
+    def _end_lives(self) -> None:
+        while count := self._repository.expire(kept_s=self._settings.video_kept_s, limit=_BATCH):
+            logger.info("the time of %d videos is over", count)
 
     def _remove_deleted(self) -> None:
         jobs = self._repository.removable(limit=_BATCH)

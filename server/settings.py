@@ -203,6 +203,22 @@ class Settings(BaseSettings):
         604_800.0, ge=60.0, le=31_536_000.0, description="Seconds for which the log of ended deliveries is kept."
     )
 
+    video_kept_s: float | None = Field(
+        None,
+        ge=60.0,
+        le=315_360_000.0,
+        description="Seconds after its end after which a video goes by itself, with its files and row. None: never.",
+    )
+    c2pa_certificate: Path | None = Field(
+        None,
+        description="PEM file with the certificate that files are signed with, and those above it but the root, for "
+        "C2PA manifests. Set with c2pa_private_key.",
+    )
+    c2pa_private_key: Path | None = Field(None, description="PEM file (PKCS #8) with the key of c2pa_certificate.")
+    c2pa_algorithm: Literal["es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"] = Field(
+        "es256", description="Signature algorithm of that key."
+    )
+
     max_body_bytes: int = Field(
         25 * _MIB, ge=1024, le=1024 * _MIB, description="Largest request body in bytes; more is answered with 413."
     )
@@ -275,6 +291,8 @@ class Settings(BaseSettings):
     def _check_relations(self) -> "Settings":
         if self.heartbeat_s > self.lease_s / 2:
             raise ValueError(f"heartbeat_s ({self.heartbeat_s:g}) must be at most half of lease_s ({self.lease_s:g})")
+        if (self.c2pa_certificate is None) != (self.c2pa_private_key is None):
+            raise ValueError("c2pa_certificate and c2pa_private_key must be set together")
         return self
 
     @property

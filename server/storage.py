@@ -1,9 +1,10 @@
 """Finished videos on disk. A name that a client can ask for always holds a whole, checked file.
 
-Files lie in ``<root>/<2 hex digits>/<job id>.<attempt>.mp4``, the stills of a video beside it
-(``<job id>.<attempt>.thumbnail.webp``, ``.spritesheet.jpg``), and for a while ``.live.mp4``, which is followed while a
-long one is made. While one is written, ``.part`` stands before its last suffix. The attempt in the name keeps apart two
-workers that believe to own one job. This module knows no format: how to write and to check a file is handed in.
+Files lie in ``<root>/<2 hex digits>/<job id>.<attempt>.mp4``, what is made of a video beside it
+(``<job id>.<attempt>.thumbnail.webp``, ``.spritesheet.jpg``, ``.provenance.json``), and for a while ``.live.mp4``, which
+is followed while a long one is made. While one is written, ``.part`` stands before its last suffix. The attempt in the
+name keeps apart two workers that believe to own one job. This module knows no format: how to write and to check a file
+is handed in.
 """
 
 import enum
@@ -27,12 +28,20 @@ class Variant(enum.StrEnum):
     VIDEO = "video"
     THUMBNAIL = "thumbnail"
     SPRITESHEET = "spritesheet"
+    PROVENANCE = "provenance"
+    """What made it, as JSON."""
 
 
-_SUFFIXES = {Variant.VIDEO: ".mp4", Variant.THUMBNAIL: ".thumbnail.webp", Variant.SPRITESHEET: ".spritesheet.jpg"}
+_SUFFIXES = {
+    Variant.VIDEO: ".mp4",
+    Variant.THUMBNAIL: ".thumbnail.webp",
+    Variant.SPRITESHEET: ".spritesheet.jpg",
+    Variant.PROVENANCE: ".provenance.json",
+}
 _NAME = re.compile(
     r"(?P<stem>(?P<shard>[0-9a-f]{2})/(?P<job>video_[0-9a-f]{32})\.(?P<attempt>[0-9]{1,9}))"
-    r"(?:(?P<part>\.part)?\.mp4|(?P<live>\.live)\.mp4|\.thumbnail(?P<part_t>\.part)?\.webp|\.spritesheet(?P<part_s>\.part)?\.jpg)"
+    r"(?:(?P<part>\.part)?\.mp4|(?P<live>\.live)\.mp4|\.thumbnail(?P<part_t>\.part)?\.webp"
+    r"|\.spritesheet(?P<part_s>\.part)?\.jpg|\.provenance(?P<part_p>\.part)?\.json)"
 )
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -177,7 +186,7 @@ class ArtifactStore:
                     name=match.group(),
                     job_id=match["job"],
                     attempt=int(match["attempt"]),
-                    is_partial=any(match[group] is not None for group in ("part", "part_t", "part_s")),
+                    is_partial=any(match[group] is not None for group in ("part", "part_t", "part_s", "part_p")),
                     video=match["stem"] + _SUFFIXES[Variant.VIDEO],
                     is_live=match["live"] is not None,
                     age_s=now - modified,

@@ -106,7 +106,7 @@ class VideoObject(BaseModel):
             progress=progress,
             created_at=int(job.created_at),
             completed_at=None if job.completed_at is None else int(job.completed_at),
-            expires_at=None,
+            expires_at=None if job.expires_at is None else int(job.expires_at),
             prompt=job.prompt,
             size=f"{job.width}x{job.height}",
             seconds=job.seconds,

@@ -34,6 +34,7 @@ _MEDIA_TYPES = {
     Variant.VIDEO: ("video/mp4", ".mp4"),
     Variant.THUMBNAIL: ("image/webp", ".thumbnail.webp"),
     Variant.SPRITESHEET: ("image/jpeg", ".spritesheet.jpg"),
+    Variant.PROVENANCE: ("application/json", ".provenance.json"),
 }
 """What is sent -> its type, and how the name of the download ends."""
 _MEDIA: dict[str, Any] = {media_type: {} for media_type, _ in _MEDIA_TYPES.values()}
@@ -153,7 +154,10 @@ def delete_video(video_id: str, jobs: JobServiceDep, tenant: TenantDep) -> Delet
     "/{video_id}/content",
     response_class=FileResponse,
     responses={
-        200: {"content": _MEDIA, "description": "The file: MP4, WebP of the middle frame, or JPEG of all frames."},
+        200: {
+            "content": _MEDIA,
+            "description": "MP4, WebP of the middle frame, JPEG of all frames, or JSON of what made them.",
+        },
         206: {"content": _MEDIA, "description": "The asked-for bytes of it."},
         304: {"description": "The file is the one that the client has."},
         **error_responses(400, 404, 409, 416, 503),
@@ -167,7 +171,7 @@ def get_content(
     variant: Annotated[
         str,
         Query(
-            description="What to download: video, thumbnail (WebP) or spritesheet (JPEG).",
+            description="What to download: video, thumbnail (WebP), spritesheet (JPEG) or provenance (JSON).",
             json_schema_extra={"enum": list(Variant)},
         ),
     ] = "video",
@@ -209,4 +213,6 @@ def _sha256(job: JobRecord, variant: Variant) -> str | None:
         return job.thumbnail_sha256
     if variant is Variant.SPRITESHEET:
         return job.spritesheet_sha256
+    if variant is Variant.PROVENANCE and job.sha256 is not None:
+        return f"{job.sha256}-provenance"  # it is written once, with the video, whose hash it holds
     return job.sha256

@@ -154,6 +154,9 @@ class Job(Base):
     """When its newest attempt was claimed."""
     completed_at: Mapped[float | None] = mapped_column(Double)
 
+    expires_at: Mapped[float | None] = mapped_column(Double, index=True)
+    """When it and its files go by themselves; None: they are kept, or it is not finished."""
+
     # how long the parts of the attempt that succeeded took, seconds of the worker's steady clock
     sampling_s: Mapped[float | None] = mapped_column(Double)
     """Sampler and decoder: what the model itself took."""

@@ -118,6 +118,7 @@ class JobRecord:
     webhook_url: str | None
     webhook_secret: str | None = field(repr=False)
     previews_until: float | None
+    expires_at: float | None
 
 
 @dataclass(frozen=True)
@@ -459,6 +460,24 @@ class JobRepository:
         query = select(func.count()).select_from(done).where(done.c.completed_at > database_now() - within_s)
         with self._database.read() as connection:
             return connection.scalar(query) or 0
+
+    def expire(self, *, kept_s: float | None, limit: int) -> int:
+        """Delete finished jobs whose time has come, as a client would; returns how many.
+
+        Args:
+            kept_s: Seconds that jobs are kept after their end, for those that do not know it yet; None: for ever.
+        """
+        at_end = (Job.status.in_(_TERMINAL_NAMES), _VISIBLE)
+        due = select(Job.seq).where(*at_end, Job.expires_at <= database_now()).order_by(Job.expires_at).limit(limit)
+        with self._database.write() as connection:
+            if kept_s is not None:
+                unknown = update(Job).where(*at_end, Job.expires_at.is_(None))
+                connection.execute(unknown.values(expires_at=Job.completed_at + kept_s))
+            statement = update(_TABLE).where(Job.seq.in_(due), *at_end).values(deleted_at=database_now())
+            rows = connection.execute(statement.returning(*_TABLE.c)).all()
+            for row in rows:
+                announce_deletion(connection, row)
+        return len(rows)
 
     def removable(self, *, limit: int) -> list[JobRecord]:
         """Deleted jobs that no worker holds any more."""

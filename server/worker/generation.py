@@ -25,9 +25,10 @@ from server.errors import without_folders
 from server.jobs.queue import JobQueue, QueueError
 from server.jobs.repository import Claim, FinishedWork
 from server.storage import ArtifactInfo, StorageFullError, Variant
-from server.worker.pieces import is_made_at_once, make_in_pieces, write_checked
+from server.worker.pieces import is_made_at_once, make_in_pieces
 from server.worker.preview import PreviewWriter
 from server.worker.progress import ClaimKeeper, ClaimLost, JobCanceled, WorkerStopping
+from server.worker.publishing import MADE_OF_FRAMES, write_checked, write_origin
 from server.worker.runtime import WorkerRuntime
 from server.worker.sources import SourceError
 from server.worker.stills import write_spritesheet, write_thumbnail
@@ -151,7 +152,8 @@ def _store(
             write_spritesheet(path, frames, metadata=metadata)
         encode_s += time.monotonic() - began
 
-    stored = {variant: write_checked(runtime, claim, variant, partial(write, variant)) for variant in Variant}
+    stored = {variant: write_checked(runtime, claim, variant, partial(write, variant)) for variant in MADE_OF_FRAMES}
+    write_origin(runtime, claim, metadata, stored)
     return stored, encode_s
 
 

@@ -14,23 +14,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medsora.errors import VideoError
 from medsora.manifest import Manifest
 from medsora.provenance import clip_metadata
 from medsora.request import GenerationRequest
-from medsora.video_io import fragmented_mp4_writer, mp4_writer, probe_video
+from medsora.video_io import fragmented_mp4_writer, mp4_writer
 from server.checkpoints import ServedCheckpoint
 from server.jobs.repository import Claim, FinishedWork, JobRecord
 from server.sources.model import SourceKind
-from server.storage import ArtifactInfo, StorageFullError, Variant
+from server.storage import Variant
+from server.worker.publishing import write_checked, write_origin
 from server.worker.runtime import WorkerRuntime
 from server.worker.sources import load_source
-from server.worker.stills import read_size, sheet_layout, write_spritesheet, write_thumbnail
+from server.worker.stills import sheet_layout, write_spritesheet, write_thumbnail
 
 if TYPE_CHECKING:
     from medsora.pipeline import Preview, VideoPipeline
 
-__all__ = ["StillFrames", "is_made_at_once", "make_in_pieces", "make_pieces", "write_checked"]
+__all__ = ["StillFrames", "is_made_at_once", "make_in_pieces", "make_pieces"]
 
 Frames = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -131,6 +131,8 @@ def make_in_pieces(
         sheet = write_checked(
             runtime, claim, Variant.SPRITESHEET, lambda path: write_spritesheet(path, stills.sheet, metadata=metadata)
         )
+        stored = {Variant.VIDEO: video, Variant.THUMBNAIL: thumbnail, Variant.SPRITESHEET: sheet}
+        write_origin(runtime, claim, metadata, stored)
     except BaseException:
         with suppress(OSError):  # the reaper removes what stays
             runtime.store.remove_attempt(job.id, claim.token)
@@ -145,31 +147,6 @@ def make_in_pieces(
         encode_s=encode_s,
         store_s=time.monotonic() - made,
     )
-
-
-def write_checked(
-    runtime: WorkerRuntime, claim: Claim, variant: Variant, write: Callable[[Path], None]
-) -> ArtifactInfo:
-    """Write a file of a clip, and read it back before it is published."""
-    job = claim.job
-
-    def check(path: Path) -> None:
-        if variant is not Variant.VIDEO:
-            read_size(path)
-            return
-        info = probe_video(path)
-        if (info.num_frames, info.height, info.width) != (job.num_frames, job.height, job.width):
-            raise VideoError(f"the file holds {info.num_frames} frames of {info.width}x{info.height}")
-        if "comment" not in info.metadata:
-            raise VideoError("the file does not say that it is synthetic")
-
-    try:
-        return runtime.store.write(job.id, claim.token, write, check, variant=variant)
-    except VideoError as error:
-        # Some writers notice a full disk only by a file that is cut off.
-        if runtime.store.free_bytes() < job.num_frames * job.height * job.width * 3:
-            raise StorageFullError("no room for the video") from error
-        raise
 
 
 def _write_all(file: FileIO, content: bytes) -> None:

@@ -14,6 +14,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from celery.exceptions import SoftTimeLimitExceeded
+from certificates import Authority
+from cryptography.x509.oid import ExtendedKeyUsageOID
 from PIL import Image
 from sqlalchemy.exc import OperationalError
 
@@ -28,6 +30,7 @@ from server.settings import Settings
 from server.storage import ArtifactStore, Variant
 from server.worker.generation import run_job
 from server.worker.runtime import WorkerRuntime
+from server.worker.signing import check_signature
 
 AddJob = Callable[..., str]
 
@@ -86,7 +89,8 @@ class Bench:
 
 def files_of(job_id: str, attempt: int) -> list[str]:
     """Names of all that is made of one clip."""
-    return [f"{job_id}.{attempt}.{ending}" for ending in ("mp4", "spritesheet.jpg", "thumbnail.webp")]
+    endings = ("mp4", "provenance.json", "spritesheet.jpg", "thumbnail.webp")
+    return [f"{job_id}.{attempt}.{ending}" for ending in endings]
 
 
 @pytest.fixture
@@ -320,3 +324,77 @@ def test_real_encoder_that_runs_out_of_room(tmp_path: Path) -> None:
         [sys.executable, "-c", FULL_DISK, str(tmp_path / "artifacts")], capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("lost", ["video", "thumbnail", "spritesheet"])
+def test_what_does_not_say_that_it_is_synthetic_is_not_published(
+    bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    import server.worker.generation as generation
+
+    name = {"video": "write_mp4", "thumbnail": "write_thumbnail", "spritesheet": "write_spritesheet"}[lost]
+    write = getattr(generation, name)
+
+    def write_bare(path: Path, frames: Any, **options: Any) -> None:
+        if lost == "video":
+            write(path, frames, fps=options["fps"])
+        else:
+            write(path, frames, metadata=options["metadata"])
+            with Image.open(path) as image:
+                image.load()
+                bare = Image.fromarray(np.asarray(image))
+            bare.save(path)
+
+    monkeypatch.setattr(generation, name, write_bare)
+    job = bench.run(add_job())
+    assert (job.status, job.error_code) == (JobStatus.FAILED, "generation_failed")
+    assert "does not say that it is synthetic" in str(job.error_message)
+    assert bench.files() == []
+
+
+def test_origin_beside_the_files(bench: Bench, add_job: AddJob) -> None:
+    job = bench.run(add_job(seed=99, prompt="a private matter"))
+    assert job.artifact is not None
+    text = bench.store.path(job.artifact, Variant.PROVENANCE).read_text()
+    origin = json.loads(text)
+    assert origin["job_id"] == job.id
+    assert (origin["synthetic"], origin["not_for_diagnosis"], origin["has_c2pa_manifest"]) == (True, True, False)
+    assert (origin["seed"], origin["label"], origin["sampler"]) == (99, "covid-convex", "euler")
+    assert len(origin["model_sha256"]) == 64
+    assert origin["files"]["video"] == {"sha256": job.sha256, "size_bytes": job.size_bytes}
+    assert origin["files"]["thumbnail"]["sha256"] == job.thumbnail_sha256
+    assert "private matter" not in text
+
+
+def test_files_of_a_job_are_signed_where_a_certificate_is_set(bench: Bench, add_job: AddJob, tmp_path: Path) -> None:
+    authority = Authority()
+    issued = authority.issue("signer.example.com", ExtendedKeyUsageOID.EMAIL_PROTECTION)
+    (tmp_path / "chain.pem").write_bytes(issued.certificate + authority.certificate)
+    (tmp_path / "key.pem").write_bytes(issued.key)
+    paths = {"c2pa_certificate": tmp_path / "chain.pem", "c2pa_private_key": tmp_path / "key.pem"}
+    bench.runtime.settings = bench.runtime.settings.model_copy(update=paths)
+    job = bench.run(add_job())
+    assert job.artifact is not None
+    for variant in (Variant.VIDEO, Variant.THUMBNAIL, Variant.SPRITESHEET):
+        check_signature(bench.store.path(job.artifact, variant))
+    assert json.loads(bench.store.path(job.artifact, Variant.PROVENANCE).read_text())["has_c2pa_manifest"] is True
+    assert sha256_of(bench.store.path(job.artifact)) == job.sha256
+
+
+def test_preview_of_a_followed_job(bench: Bench, add_job: AddJob) -> None:
+    bench.runtime.settings = bench.runtime.settings.model_copy(update={"preview_interval_s": 0.001})
+    shown: list[int] = []
+    show = bench.repository.show_preview
+
+    def keep(job_id: str, token: int, image: bytes, *, steps_done: int) -> None:
+        shown.append(steps_done)
+        show(job_id, token, image, steps_done=steps_done)
+
+    bench.repository.show_preview = keep  # type: ignore[method-assign]
+    bench.run(add_job())
+    assert shown == []  # nobody looks
+    followed = add_job()
+    bench.repository.want_previews([followed], [], for_s=60.0)
+    bench.run(followed)
+    assert shown
+    assert set(shown) <= {1, 2, 3, 4}

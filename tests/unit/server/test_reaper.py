@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import cast
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import func, select, update
 
 from server.events.log import EventLog
 from server.files.store import FileStore
@@ -270,3 +270,36 @@ def test_dead_workers_are_forgotten(reaper: Reaper, database: Database) -> None:
         from sqlalchemy import select
 
         assert connection.scalars(select(WorkerProcess.id)).all() == ["alive"]
+
+
+def test_videos_go_when_their_time_is_over(
+    reaper: Reaper, repository: JobRepository, store: ArtifactStore, database: Database, add_job: Callable[..., str],
+    finished_work: Callable[[str, int], FinishedWork],
+) -> None:  # fmt: skip
+    old, young, waiting = add_job(), add_job(), add_job()
+    for job_id in (old, young):
+        claim = repository.claim(job_id, worker="w")
+        assert claim is not None
+        put(store, job_id, claim.token, age_s=0.0)
+        assert repository.succeed(job_id, claim.token, finished_work(job_id, claim.token))
+    reaper.sweep()
+    assert all(job is not None and job.expires_at is None for job in map(repository.get, (old, young)))  # kept for ever
+    reaper._settings = reaper._settings.model_copy(update={"video_kept_s": 3600.0})
+    reaper.sweep()
+    job = repository.get(old)
+    assert job is not None
+    assert job.completed_at is not None
+    assert job.expires_at == pytest.approx(job.completed_at + 3600.0)
+    with database.write() as connection:
+        connection.execute(update(Job).where(Job.id == old).values(expires_at=database_now() - 1.0))
+    reaper.sweep()
+    assert repository.get(old) is None
+    assert repository.get(young) is not None
+    waits = repository.get(waiting)
+    assert waits is not None
+    assert waits.expires_at is None
+    assert {file.job_id for file in store.files()} == {young}
+    with database.read() as connection:
+        assert connection.scalar(select(func.count()).where(Job.id == old)) == 0
+    kinds = [event.kind for event in EventLog(database).after(0, limit=99, subject=old)]
+    assert kinds[-1] == "video.deleted"

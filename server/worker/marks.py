@@ -1,0 +1,48 @@
+"""What leaves the server says that it is synthetic: every file is checked before anybody can ask for it."""
+
+import json
+from pathlib import Path
+
+from PIL import Image
+
+from medsora.errors import VideoError
+from medsora.provenance import DIGITAL_SOURCE_TYPE, SYNTHETIC_NOTE
+from medsora.video_io import probe_video
+
+__all__ = ["check_mark"]
+
+_IMAGE_DESCRIPTION = 0x010E  # Exif
+
+
+def check_mark(path: Path) -> None:
+    """Refuse a file that does not say, where everybody looks, that it is synthetic.
+
+    Args:
+        path: A video (MP4, Matroska), a picture (WebP, JPEG) or JSON.
+
+    Raises:
+        VideoError: It does not.
+    """
+    if path.suffix == ".json":
+        is_marked = _is_origin(path.read_text())
+    elif path.suffix in (".mp4", ".mkv"):
+        is_marked = _is_origin(probe_video(path).metadata.get("comment", ""))
+    else:
+        with Image.open(path) as image:
+            described = image.getexif().get(_IMAGE_DESCRIPTION)
+            packet = image.info.get("xmp", b"")
+        is_marked = described == SYNTHETIC_NOTE and DIGITAL_SOURCE_TYPE.encode() in packet
+    if not is_marked:
+        raise VideoError(f"{path.name}: does not say that it is synthetic")
+
+
+def _is_origin(text: str) -> bool:
+    try:
+        origin = json.loads(text)
+    except ValueError:
+        return False
+    return (
+        isinstance(origin, dict)
+        and origin.get("synthetic") is True
+        and origin.get("digital_source_type") == DIGITAL_SOURCE_TYPE
+    )

@@ -1,0 +1,79 @@
+"""How a file of a clip comes to be one that can be asked for: written, signed where that is wanted, and read back."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import medsora
+from medsora.errors import VideoError
+from medsora.video_io import probe_video
+from server.jobs.repository import Claim
+from server.storage import ArtifactInfo, StorageFullError, Variant
+from server.worker.marks import check_mark
+from server.worker.runtime import WorkerRuntime
+from server.worker.signing import check_signature, sign_file, signer_of
+from server.worker.stills import read_size
+
+__all__ = ["MADE_OF_FRAMES", "write_checked", "write_origin"]
+
+MADE_OF_FRAMES = (Variant.VIDEO, Variant.THUMBNAIL, Variant.SPRITESHEET)
+
+
+def write_checked(
+    runtime: WorkerRuntime, claim: Claim, variant: Variant, write: Callable[[Path], None]
+) -> ArtifactInfo:
+    """Write a file of a clip, and read it back before it is published: whole, and saying that it is synthetic."""
+    job = claim.job
+    signer = signer_of(runtime.settings) if variant in MADE_OF_FRAMES else None
+
+    def write_signed(path: Path) -> None:
+        write(path)
+        if signer is not None:
+            sign_file(path, signer, title=f"Synthetic {variant.value} {job.id}")
+
+    def check(path: Path) -> None:
+        if variant in (Variant.THUMBNAIL, Variant.SPRITESHEET):
+            read_size(path)
+        elif variant is Variant.VIDEO:
+            info = probe_video(path)
+            if (info.num_frames, info.height, info.width) != (job.num_frames, job.height, job.width):
+                raise VideoError(f"the file holds {info.num_frames} frames of {info.width}x{info.height}")
+        check_mark(path)
+        if signer is not None:
+            check_signature(path)
+
+    try:
+        return runtime.store.write(job.id, claim.token, write_signed, check, variant=variant)
+    except VideoError as error:
+        # Some writers notice a full disk only by a file that is cut off.
+        if runtime.store.free_bytes() < job.num_frames * job.height * job.width * 3:
+            raise StorageFullError("no room for the video") from error
+        raise
+
+
+def write_origin(
+    runtime: WorkerRuntime, claim: Claim, metadata: Mapping[str, str], stored: Mapping[Variant, ArtifactInfo]
+) -> None:
+    """Write beside the files what made them: what their marks say, and their hashes. No prompt: it may be private.
+
+    Args:
+        metadata: Of :func:`medsora.provenance.clip_metadata`.
+        stored: The files.
+    """
+    origin = {
+        **json.loads(metadata["comment"]),
+        "note": metadata["description"],
+        "not_for_diagnosis": True,
+        "job_id": claim.job.id,
+        "server_version": medsora.__version__,
+        "has_c2pa_manifest": signer_of(runtime.settings) is not None,
+        "files": {
+            variant.value: {"sha256": info.sha256, "size_bytes": info.size_bytes} for variant, info in stored.items()
+        },
+    }
+    text = json.dumps(origin, indent=2, sort_keys=True) + "\n"
+
+    def write(path: Path) -> None:
+        path.write_text(text)
+
+    write_checked(runtime, claim, Variant.PROVENANCE, write)
