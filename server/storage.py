@@ -1,10 +1,10 @@
 """Finished videos on disk. A name that a client can ask for always holds a whole, checked file.
 
 Files lie in ``<root>/<2 hex digits>/<job id>.<attempt>.mp4``, what is made of a video beside it
-(``<job id>.<attempt>.thumbnail.webp``, ``.spritesheet.jpg``, ``.provenance.json``), and for a while ``.live.mp4``, which
-is followed while a long one is made. While one is written, ``.part`` stands before its last suffix. The attempt in the
-name keeps apart two workers that believe to own one job. This module knows no format: how to write and to check a file
-is handed in.
+(``<job id>.<attempt>.thumbnail.webp``, ``.spritesheet.jpg``, ``.provenance.json``), and for a while ``.live.mp4``,
+which is followed while a long one is made. While one is written, ``.part`` stands before its last suffix. The attempt
+in the name keeps apart two workers that believe to own one job. This module knows no format: how to write and to check
+a file is handed in.
 """
 
 import enum

@@ -83,10 +83,15 @@ def make_batch(tenant: Tenant) -> str:
     return tenant.make("/v1/batches", json=order)
 
 
+def make_webhook(tenant: Tenant) -> str:
+    return tenant.make("/v1/webhooks", json={"url": "https://example.com/"})
+
+
 MAKERS: dict[str, Callable[[Tenant], str]] = {
     "video_id": make_video,
     "file_id": make_file,
     "batch_id": make_batch,
+    "webhook_id": make_webhook,
 }
 """Path parameter -> how such an object is made."""
 
