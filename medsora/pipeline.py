@@ -479,7 +479,7 @@ class VideoPipeline:
         return torch.cat(latents, dim=2)
 
     def _decode_next(self, latents: Tensor, state: StreamState) -> list[Frames]:
-        """Frames of the next latents of videos, chunk by chunk.
+        """Frames of the next latents of videos, chunk by chunk; never by graphs, which cannot keep the state.
 
         Raises:
             VideoError: They are not finite.

@@ -5,9 +5,11 @@ headers and counts packets, and decodes nothing. Frames are decoded by the worke
 """
 
 import json
+import os
 import resource
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,9 @@ MAX_PIXELS = 4096 * 4096
 """Of a frame; no model comes near it."""
 _ORIENTATION = 0x0112  # Exif
 _LIMIT_S = 20
+_children = threading.BoundedSemaphore(4)
+"""Children of this process that run at once: uploads beyond them wait."""
+_NEEDED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL")
 _LIMIT_BYTES = 2 * 2**30
 _CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "ffv1", "mjpeg", "mpeg4", "png")
 
@@ -77,8 +82,12 @@ def inspect(path: Path, *, max_frames: int) -> Media:
     """
     path.stat()  # for what the child would not tell apart
     command = [sys.executable, "-m", "server.sources.media", str(path), str(max_frames)]
+    # what reads foreign files need not know the passwords of ours
+    environment = {name: os.environ[name] for name in _NEEDED if name in os.environ}
+    options: dict[str, Any] = {"capture_output": True, "stdin": subprocess.DEVNULL, "env": environment}
     try:
-        done = subprocess.run(command, capture_output=True, timeout=_LIMIT_S, check=False, stdin=subprocess.DEVNULL)
+        with _children:
+            done = subprocess.run(command, timeout=_LIMIT_S, check=False, **options)
     except subprocess.TimeoutExpired:
         raise MediaError("takes too long to read") from None
     try:

@@ -21,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from medsora.config import SHORTCUT
 from medsora.errors import BackendError, CheckpointError, MedsoraError
+from medsora.geometry import CHUNK_FRAMES
 from medsora.manifest import Manifest
 from medsora.request import GenerationRequest, resolve_request
 from server.checkpoints import Catalogue, ServedCheckpoint
@@ -256,11 +257,12 @@ def _requests_to_warm_up(manifest: Manifest, *, all_shapes: bool) -> list[Genera
         # without guidance, where that is allowed, and with it, at any scale; or that which is built in
         for scale in ([limits.shortcut_guidance] if sampler == SHORTCUT else sorted({low, high}))
     ]
+    # a clip of two windows: what goes on from known frames is recorded apart, whatever they are
+    longer = limits.window + CHUNK_FRAMES
+    lengths = (*limits.num_frames, longer) if limits.can_make(longer) else limits.num_frames
     return [
         replace(request, width=width, height=height, num_frames=num_frames, guidance_scale=scale, sampler=sampler)
-        for (width, height), num_frames, (sampler, scale) in itertools.product(
-            limits.sizes, limits.num_frames, settings
-        )
+        for (width, height), num_frames, (sampler, scale) in itertools.product(limits.sizes, lengths, settings)
     ]
 
 

@@ -134,6 +134,14 @@ def test_warm_up_for_all_shapes_leaves_nothing_to_the_first_jobs(
     assert len(warmed) == len({asked.shape_key for asked in warmed}) == len(sizes) * len(lengths) * len(ways)
 
 
+def test_warm_up_for_all_shapes_goes_on_from_known_frames_where_that_can_be_asked_for(
+    settings: Settings, tmp_path: Path, tiny_checkpoint: Path, warmed: list[GenerationRequest]
+) -> None:
+    able = with_limits(tiny_checkpoint, tmp_path / "able", clean_prefixes=True, max_frames=64)
+    started(settings.model_copy(update={"checkpoints": (str(able),), "warm_up_shapes": "all"})).close()
+    assert {asked.num_frames for asked in warmed} == {16, 24}
+
+
 def test_seconds_of_the_warm_up_are_logged_and_reported(
     settings: Settings, warmed: list[GenerationRequest], caplog: pytest.LogCaptureFixture
 ) -> None:
