@@ -18,6 +18,8 @@ __all__ = ["PreviewWriter"]
 Picture = np.ndarray[Any, np.dtype[np.uint8]]
 
 _MOST_PIXELS = 256
+_LEAST_STEPS = 4
+"""From one picture to the next: where steps are slow, most of them are not made slower still."""
 _IMAGE_DESCRIPTION = 0x010E  # Exif
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ class PreviewWriter:
         self._repository, self._claims = repository, claims
         self._interval_s = interval_s
         self._next_look = 0.0  # of the steady clock
+        self._next_step = 0
         self._step = 0
         self._wanted: list[bool] = []
 
@@ -42,9 +45,9 @@ class PreviewWriter:
         """Whether to make pictures in the step that begins now; asked once a step."""
         self._step += 1
         now = time.monotonic()
-        if self._interval_s == 0 or now < self._next_look:
+        if self._interval_s == 0 or now < self._next_look or self._step < self._next_step:
             return False
-        self._next_look = now + self._interval_s
+        self._next_look, self._next_step = now + self._interval_s, self._step + _LEAST_STEPS
         try:
             self._wanted = [self._repository.preview_wanted(claim.job.id) for claim in self._claims]
         except SQLAlchemyError:

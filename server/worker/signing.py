@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import medsora
 from medsora.errors import VideoError
 from medsora.provenance import DIGITAL_SOURCE_TYPE
-from server.settings import Settings, SettingsError
+from server.settings import Settings as ServerSettings
+from server.settings import SettingsError
 
 if TYPE_CHECKING:
     from c2pa import Signer
@@ -21,9 +22,11 @@ __all__ = ["check_signature", "sign_file", "signer_of"]
 
 _SOURCE_TYPE = f"http://cv.iptc.org/newscodes/digitalsourcetype/{DIGITAL_SOURCE_TYPE}"
 _CREATED = "c2pa.created"
+_NO_THUMBNAIL = {"builder": {"thumbnail": {"enabled": False}}}
+"""Else each picture would carry another of itself, many times its size."""
 
 
-def signer_of(settings: Settings) -> "Signer | None":
+def signer_of(settings: ServerSettings) -> "Signer | None":
     """What files are signed with; None: no certificate is set.
 
     Raises:
@@ -59,7 +62,7 @@ def sign_file(path: Path, signer: "Signer", *, title: str) -> None:
         VideoError: It cannot be signed.
         OSError: There is no room for it.
     """
-    from c2pa import Builder, C2paError
+    from c2pa import Builder, C2paError, Context, Settings
 
     action = {
         "action": _CREATED,
@@ -75,7 +78,8 @@ def sign_file(path: Path, signer: "Signer", *, title: str) -> None:
     with tempfile.TemporaryDirectory(prefix="medsora-sign-") as folder:
         signed = Path(folder) / path.name
         try:
-            Builder(manifest).sign_file(path, signed, signer)
+            with Context(Settings.from_dict(_NO_THUMBNAIL)) as context, Builder(manifest, context) as builder:
+                builder.sign_file(path, signed, signer)
         except C2paError as error:
             raise VideoError(f"{path.name}: cannot be signed: {error}") from error
         shutil.copyfile(signed, path)

@@ -109,7 +109,9 @@ def test_signed_files_are_valid_under_the_reference_reader(
     assert signer is not None
     with pytest.raises(VideoError, match="no C2PA manifest"):
         check_signature(path)
+    size = path.stat().st_size
     sign_file(path, signer, title="a title")
+    assert path.stat().st_size < size + 20_000  # no picture of the file within the file
     check_signature(path)
     check_mark(path)  # the container's own mark is still there
     with Reader(path) as reader:
