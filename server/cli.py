@@ -43,7 +43,9 @@ def serve(
     settings = _settings(host=host, port=port, data_dir=data_dir, checkpoints=tuple(checkpoint or ()) or None)
     from medsora.errors import CheckpointError
     from server.embedded import ServeError, Supervisor
+    from server.logs import configure_logging
 
+    configure_logging(settings.log_level, settings.log_format, part="serve")
     try:
         sys.exit(Supervisor(settings).run())
     except (ServeError, CheckpointError) as error:
@@ -65,9 +67,9 @@ def api(
 
     from medsora.errors import CheckpointError
     from server.app import create_app
-    from server.observability import configure_logging
+    from server.logs import configure_logging
 
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format, part="api")
     if fd is None and settings.keys == "auto":
         # Where it is not `serve` that runs this, a proxy may stand before it: then all the world is on loopback.
         settings = settings.model_copy(update={"keys": "required"})
@@ -121,7 +123,7 @@ def worker() -> None:
         keep_compiled_code(settings.data_dir, os.environ)
     except SettingsError as error:
         _fail(error)
-    celery.worker_main(worker_arguments(settings))
+    celery.worker_main(worker_arguments())
 
 
 @app.command()
@@ -140,7 +142,7 @@ def reaper() -> None:
     from server.jobs.queue import JobQueue
     from server.jobs.repository import JobRepository
     from server.jobs.workers import WorkerRegistry
-    from server.observability import configure_logging
+    from server.logs import configure_logging
     from server.reaper import Reaper
     from server.settings import SettingsError
     from server.sources.repository import SourceRepository
@@ -148,7 +150,7 @@ def reaper() -> None:
     from server.webhooks.repository import WebhookRepository
     from server.webhooks.sender import WebhookSender
 
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format, part="reaper")
     try:
         queue, batch_queue = JobQueue(settings.broker_address()), JobQueue(settings.broker_address())
         catalogue = Catalogue.load(settings.checkpoints)

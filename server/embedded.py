@@ -28,7 +28,6 @@ from sqlalchemy.exc import SQLAlchemyError
 from server.checkpoints import Catalogue
 from server.jobs.database import Database, migrate
 from server.jobs.repository import JobRepository
-from server.observability import configure_logging
 from server.settings import Settings
 
 __all__ = ["ServeError", "Supervisor", "find_redis_server"]
@@ -158,7 +157,6 @@ class Supervisor:
             CheckpointError: A checkpoint is missing or its manifest is damaged.
         """
         settings = self._settings
-        configure_logging(settings.log_level)
         Catalogue.load(settings.checkpoints)
         data_dir = settings.data_dir
         try:
@@ -211,7 +209,7 @@ class Supervisor:
         host, port = listener.getsockname()[:2]
         shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
         address = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
-        _say(f"MedSora Server listens on {address}/v1 and keeps its data in {settings.data_dir.resolve()}")
+        self._announce(f"MedSora Server listens on {address}/v1 and keeps its data in {settings.data_dir.resolve()}")
         is_announced = False
         next_probe = 0.0
         while not self._stop_requests:
@@ -221,7 +219,7 @@ class Supervisor:
                 is_announced = _is_ready(address)
                 next_probe = time.monotonic() + 0.25
                 if is_announced:
-                    _say(f"MedSora Server is ready: POST {address}/v1/videos")
+                    self._announce(f"MedSora Server is ready: POST {address}/v1/videos")
             time.sleep(_TICK_S)
 
     def _on_redis_start(self) -> None:
@@ -235,10 +233,17 @@ class Supervisor:
 
     def _stop_all(self) -> None:
         if self._children:
-            _say("MedSora Server is stopping")
+            self._announce("MedSora Server is stopping")
         # API first: no new jobs. Redis last: the worker still hands its job back through it.
         for child in reversed(self._children):
             child.stop(self._settings.stop_grace_s, is_urgent=lambda: self._stop_requests > 1)
+
+    def _announce(self, text: str) -> None:
+        """Tell whoever started this; in JSON it is a line of the log like all others."""
+        if self._settings.log_format == "json":
+            logger.info(text)
+        else:
+            _say(text)
 
     def _on_stop_signal(self, *_: object) -> None:
         # Only counted: this may run in the middle of waiting for a child, which cannot be waited for twice at once.

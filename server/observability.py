@@ -5,7 +5,6 @@ Plain ASGI, so that streamed answers stay streamed.
 
 import logging
 import secrets
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -16,11 +15,13 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server import logs
 from server.errors import TooLargeError, error_body
 from server.jobs.database import Database
+from server.jobs.model import is_job_id
 from server.measures import Measure, Sums, add_sums
 
-__all__ = ["HTTP_SECONDS", "RATE_HEADERS", "HttpMetrics", "RequestMiddleware", "configure_logging"]
+__all__ = ["HTTP_SECONDS", "RATE_HEADERS", "HttpMetrics", "RequestMiddleware"]
 
 RATE_HEADERS = "medsora.rate_headers"
 """Key of the list in a request's scope whose pairs become headers of the answer, whatever that is."""
@@ -34,13 +35,6 @@ HTTP_SECONDS = Measure(
     labels=("method", "route", "status"),
     edges=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0),
 )
-
-
-def configure_logging(level: str) -> None:
-    """Log to standard error, one line an event."""
-    logging.basicConfig(
-        stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s"
-    )
 
 
 class HttpMetrics:
@@ -128,6 +122,10 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         request_id = f"req_{secrets.token_hex(12)}"
+        with logs.bound(request_id=request_id):
+            await self._serve(scope, receive, send, request_id)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         started = time.perf_counter()
         status = 500
         has_started = False
@@ -161,9 +159,9 @@ class RequestMiddleware:
                 await self._app(scope, limited_receive, tagged_send)
         except ClientDisconnect:
             status = 499  # as nginx counts it: nobody is there to be answered, and the server did nothing wrong
-            logger.info("request %s: the client went away: %s", request_id, scope["method"])
+            logger.info("the client went away: %s", scope["method"])
         except Exception:
-            logger.exception("request %s failed: %s", request_id, scope["method"])
+            logger.exception("the request failed: %s", scope["method"])
             if has_started:
                 raise  # the answer is cut off, which the client can see
             message = f"The server failed to handle the request. Report the request id {request_id}."
@@ -173,7 +171,15 @@ class RequestMiddleware:
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
             method = scope["method"] if scope["method"] in _METHODS else "other"
-            self._metrics.observe(method, route, status, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            self._metrics.observe(method, route, status, seconds)
+            video_id = scope.get("path_params", {}).get("video_id", "")
+            if is_job_id(video_id):
+                logs.note(job_id=video_id)
+            # Whoever waits for a video asks again and again.
+            level = logging.DEBUG if method in ("GET", "HEAD") and status < 400 else logging.INFO
+            about = {"method": method, "route": route, "status": status, "duration_s": round(seconds, 6)}
+            logger.log(level, "answered", extra=about)
 
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})

@@ -14,8 +14,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from server.events.log import EventLog
 from server.files.store import FileStore
 from server.jobs.queue import JobQueue, QueueError
-from server.jobs.repository import JobRepository
+from server.jobs.repository import JobRepository, log_fields
 from server.jobs.workers import WorkerRegistry
+from server.logs import bound
 from server.settings import Settings
 from server.sources.repository import SourceRepository
 from server.storage import ArtifactStore, StoredFile
@@ -70,13 +71,9 @@ class Reaper:
 
     def _settle_expired(self) -> None:
         result = self._repository.sweep_expired()
-        if result.requeued or result.exhausted or result.canceled:
-            logger.warning(
-                "leases ran out: %d jobs wait again, %d failed for good, %d were cancelled",
-                result.requeued,
-                result.exhausted,
-                result.canceled,
-            )
+        for job in result.jobs:
+            with bound(**log_fields(job)):
+                logger.warning("the lease of %s ran out in attempt %d: it is %s now", job.id, job.attempt, job.status)
 
     def _publish(self) -> None:
         settings = self._settings

@@ -249,6 +249,9 @@ class Settings(BaseSettings):
         128 * _MIB, ge=0, description="Free bytes on the disk of data_dir below which no job is taken or started."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+    log_format: Literal["text", "json"] = Field(
+        "text", description="Form of the log: lines of text, or one JSON object a line."
+    )
 
     @field_validator("checkpoints", "batch_sizes", "webhook_private_hosts", mode="before")
     @classmethod

@@ -14,6 +14,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.datastructures import Headers
 from starlette.types import Scope as Connection
 
+from server import logs
 from server.errors import ForbiddenError, OverloadedError, UnauthorizedError
 from server.jobs.model import DEFAULT_TENANT
 from server.keys.limits import RequestLimiter, RequestRate
@@ -86,6 +87,7 @@ class AccessControl:
         """
         headers = Headers(scope=scope)
         caller = self.identify(headers.get("authorization"), origin=headers.get("origin"))
+        logs.note(tenant=caller.tenant)
         check_scope(caller, scope["method"], scope["path"])
         if not scope.get(RATE_HEADERS):
             self._count(caller, scope)

@@ -56,11 +56,17 @@ class Database:
         if self.is_sqlite:
             if self.url.database in (None, "", ":memory:"):
                 raise ValueError("the job database must be a file: several processes share it")
-            self.engine = create_engine(self.url, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
+            self.engine = create_engine(
+                self.url,
+                connect_args={"timeout": BUSY_TIMEOUT_MS / 1000},
+                hide_parameters=True,  # errors are logged, and parameters are prompts and secrets
+            )
             _configure_sqlite(self.engine, is_durable=is_durable)
         else:
             options = {} if is_durable else {"connect_args": {"options": "-c synchronous_commit=off"}}
-            self.engine = create_engine(self.url, pool_pre_ping=True, pool_size=10, max_overflow=10, **options)
+            self.engine = create_engine(
+                self.url, hide_parameters=True, pool_pre_ping=True, pool_size=10, max_overflow=10, **options
+            )
         self._writer = self.engine.execution_options(begin_immediate=True)
 
     @contextmanager

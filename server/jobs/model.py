@@ -144,6 +144,12 @@ class Job(Base):
     """None: not finished, or by a version that made no stills. They lie beside the artifact."""
     spritesheet_sha256: Mapped[str | None] = mapped_column(String(64))
 
+    # where it comes from
+    request_id: Mapped[str | None] = mapped_column(String(64))
+    """``x-request-id`` of the request that asked for it; None: a line of a batch."""
+    traceparent: Mapped[str | None] = mapped_column(String(64))
+    """Trace that the request belongs to, as W3C Trace Context writes it."""
+
     # when
     created_at: Mapped[float] = mapped_column(Double)
     published_at: Mapped[float | None] = mapped_column(Double)

@@ -13,6 +13,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Update, and_, case, delete, func, insert, or_, select, true, update
 
+from server import logs
 from server.events.jobs import announce_deletion, announce_preview, announce_progress, announce_states
 from server.idempotency import note_made
 from server.jobs.database import Database, database_now
@@ -31,6 +32,7 @@ __all__ = [
     "SweepResult",
     "insert_jobs",
     "job_record",
+    "log_fields",
 ]
 
 _TABLE: Any = Job.__table__
@@ -102,6 +104,8 @@ class JobRecord:
     deleted_at: float | None
     error_code: str | None
     error_message: str | None
+    request_id: str | None
+    traceparent: str | None
     artifact: str | None
     size_bytes: int | None
     sha256: str | None
@@ -150,6 +154,8 @@ class SweepResult:
     requeued: int
     exhausted: int
     canceled: int
+    jobs: list[JobRecord]
+    """As they are now."""
 
 
 class JobRepository:
@@ -418,7 +424,8 @@ class JobRepository:
             ]
             _tell(connection, [row for rows in settled for row in rows])
         canceled, exhausted, requeued = map(len, settled)
-        return SweepResult(requeued=requeued, exhausted=exhausted, canceled=canceled)
+        jobs = [_record(row) for rows in settled for row in rows]
+        return SweepResult(requeued=requeued, exhausted=exhausted, canceled=canceled, jobs=jobs)
 
     def unpublished(self, *, grace_s: float, limit: int) -> list[tuple[str, int]]:
         """Oldest waiting jobs whose id never reached the broker: (id, attempts so far).
@@ -541,6 +548,7 @@ def _new(values: dict[str, Any]) -> dict[str, Any]:
         "handed_back": 0,
         "steps_done": 0,
         "cancel_requested": False,
+        "request_id": logs.current().get("request_id"),
         **values,
     }
 
@@ -593,6 +601,11 @@ def _ended(status: JobStatus, code: str, message: str) -> dict[str, Any]:
         "completed_at": database_now(),
         "lease_until": None,
     }
+
+
+def log_fields(job: JobRecord) -> dict[str, str | None]:
+    """What lines of the log about a job carry, for ``logs.bound``."""
+    return {"job_id": job.id, "tenant": job.tenant, "request_id": job.request_id}
 
 
 def job_record(values: dict[str, Any]) -> JobRecord:

@@ -8,6 +8,7 @@ from typing import Any
 from medsora.errors import RequestError
 from medsora.manifest import Manifest
 from medsora.request import frames_for_seconds, no_clean_prefixes, random_seed, resolve_label, resolve_request
+from server import logs
 from server.checkpoints import Catalogue, ServedCheckpoint
 from server.errors import (
     NotFoundError,
@@ -169,6 +170,7 @@ class JobService:
             raise QuotaExceededError(
                 quota.message, code="quota_exceeded", retry_after_s=quota.retry_after_s, is_soon=quota.is_soon
             ) from None
+        logs.note(job_id=job.id)
         self._publish(job.id)
         return job
 

@@ -4,14 +4,17 @@ Every setting here has been measured against killed workers, brokers and connect
 pools ignore time limits in silence, and CUDA does not survive a fork.
 """
 
+import logging
 from typing import Any
 
 from celery import Celery
+from celery.signals import setup_logging
 
 from server.jobs.queue import QUEUE_NAME, VISIBILITY_TIMEOUT_S, transport_options
-from server.settings import Settings
+from server.logs import configure_logging
+from server.settings import Settings, get_settings
 
-__all__ = ["make_celery", "worker_arguments"]
+__all__ = ["child_process_ids", "configure_worker_logging", "make_celery", "worker_arguments"]
 
 
 def make_celery(settings: Settings) -> Celery:
@@ -20,6 +23,7 @@ def make_celery(settings: Settings) -> Celery:
     Raises:
         SettingsError: No broker is set.
     """
+    setup_logging.connect(configure_worker_logging)
     app = Celery("medsora", include=["server.worker.tasks"])
     app.conf.update(
         broker_url=settings.broker_address(),
@@ -59,12 +63,22 @@ def make_celery(settings: Settings) -> Celery:
     return app
 
 
-def worker_arguments(settings: Settings) -> list[str]:
+def configure_worker_logging(**_: Any) -> None:
+    """In place of Celery's own: in the worker, and in each sampling process, which are new interpreters."""
+    settings = get_settings()
+    configure_logging(settings.log_level, settings.log_format, part="worker")
+    pool_logger = logging.getLogger("multiprocessing")  # billiard has given it a handler of its own
+    pool_logger.handlers, pool_logger.propagate = [], True
+    pool_logger.setLevel(logging.NOTSET)
+
+
+def worker_arguments() -> list[str]:
     """Command line of the Celery worker, for ``Celery.worker_main``."""
     return [
         "--quiet",  # no banner; what happens is logged
         "worker",
-        f"--loglevel={settings.log_level.upper()}",
+        # Of what is said before configure_worker_logging sets level and form.
+        "--loglevel=ERROR",
         "--without-gossip",
         "--without-mingle",
         "--without-heartbeat",

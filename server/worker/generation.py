@@ -23,7 +23,8 @@ from medsora.request import GenerationRequest
 from medsora.video_io import write_mp4
 from server.errors import without_folders
 from server.jobs.queue import JobQueue, QueueError
-from server.jobs.repository import Claim, FinishedWork
+from server.jobs.repository import Claim, FinishedWork, log_fields
+from server.logs import note
 from server.storage import ArtifactInfo, StorageFullError, Variant
 from server.worker.pieces import is_made_at_once, make_in_pieces
 from server.worker.preview import PreviewWriter
@@ -46,6 +47,7 @@ def run_job(runtime: WorkerRuntime, job_id: str) -> None:
     if claim is None:
         logger.info("%s is not to be had: a second message, or it was cancelled", job_id)
         return
+    note(**log_fields(claim.job))
     settings = runtime.settings
     keeper = ClaimKeeper(
         runtime.repository,
@@ -58,7 +60,10 @@ def run_job(runtime: WorkerRuntime, job_id: str) -> None:
     try:
         with keeper:
             work = _make(runtime, claim, keeper)
-        if not _settle(lambda: runtime.repository.succeed(job_id, claim.token, work)):
+        if _settle(lambda: runtime.repository.succeed(job_id, claim.token, work)):
+            about = {name: round(getattr(work, name), 6) for name in ("sampling_s", "encode_s", "store_s")}
+            logger.info("%s is made", job_id, extra=about)
+        else:
             _withdraw(runtime, claim, work.artifact)
     except JobCanceled:
         _settle(lambda: runtime.repository.finish_cancel(job_id, claim.token))

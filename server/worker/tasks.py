@@ -9,11 +9,18 @@ from contextlib import suppress
 from typing import Any
 
 from celery import shared_task
-from celery.signals import worker_init, worker_process_init, worker_process_shutdown, worker_shutting_down
+from celery.signals import (
+    setup_logging,
+    worker_init,
+    worker_process_init,
+    worker_process_shutdown,
+    worker_shutting_down,
+)
 
 from server.jobs.queue import TASK_NAME
+from server.logs import bound
 from server.settings import get_settings
-from server.worker.celery_app import child_process_ids
+from server.worker.celery_app import child_process_ids, configure_worker_logging
 from server.worker.runtime import STOP_SIGNAL, WorkerRuntime
 
 __all__ = ["generate_video"]
@@ -28,7 +35,8 @@ def _generate_video(job_id: str) -> None:
     """Make the video of a job. Harmless to run twice, or for a job that is gone."""
     from server.worker.generation import run_job
 
-    run_job(_get_runtime(), job_id)
+    with bound(job_id=job_id):
+        run_job(_get_runtime(), job_id)
 
 
 generate_video = shared_task(name=TASK_NAME)(_generate_video)
@@ -75,6 +83,7 @@ def _tell_children_to_stop() -> None:
         time.sleep(_TELL_AGAIN_S)
 
 
+setup_logging.connect(configure_worker_logging)
 worker_init.connect(_on_worker_init)
 worker_process_init.connect(_on_process_init)
 worker_process_shutdown.connect(_on_process_shutdown)

@@ -59,7 +59,7 @@ def test_longest_job_ends_before_its_message_comes_back() -> None:
 
 
 def test_worker_sends_no_chatter() -> None:
-    arguments = worker_arguments(Settings())
+    arguments = worker_arguments()
     assert {"--without-gossip", "--without-mingle", "--without-heartbeat"} <= set(arguments)
 
 
