@@ -3,9 +3,13 @@
 import io
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,9 +107,9 @@ def test_a_damaged_video_is_a_failed_job_that_says_so(server: "RunningServer") -
 class Watcher(threading.Thread):
     """Reads a stream, and notes when each piece came."""
 
-    def __init__(self, server: "RunningServer", video_id: str) -> None:
+    def __init__(self, server: "RunningServer", video_id: str, *, url: str | None = None) -> None:
         super().__init__(daemon=True)
-        self._url = f"{server.url}/videos/{video_id}/stream"
+        self._url = f"{url or server.url}/videos/{video_id}/stream"
         self.content = b""
         self.began_at = 0.0
         self.error: Exception | None = None
@@ -159,13 +163,47 @@ def test_a_long_video_plays_while_it_is_made(server: "RunningServer", tmp_path: 
     assert np.abs(shown - streamed).mean() < 8  # the same pictures, which are noise, encoded in two ways
 
 
-def test_a_stream_outlives_the_worker(server: "RunningServer", tmp_path: Path) -> None:
-    video_id = long_video(server, steps=40)
-    watcher = Watcher(server, video_id)
-    server.wait_until(lambda: len(watcher.content) > 10_000, timeout_s=60, what="some of the stream")
-    (pid,) = server.sampling_pids()
-    os.kill(pid, signal.SIGKILL)
-    content = watcher.result()
+@contextmanager
+def second_api(server: "RunningServer", folder: Path) -> Iterator[str]:
+    """Another API process on the same data; gives its URL."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        **server.variables,
+        "MEDSORA_KEYS": "off",
+        "MEDSORA_DATA_DIR": str(server.data_dir),
+        "MEDSORA_REDIS_URL": f"redis+socket://{server.data_dir / 'run' / 'redis.sock'}",
+    }
+    command = [sys.executable, "-m", "server.cli", "api", "--port", str(port)]
+    with (folder / "second.log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[2], stdout=log, stderr=log)
+    try:
+        url = f"http://127.0.0.1:{port}"
+
+        def answers() -> bool:
+            with suppress(httpx.HTTPError):
+                return httpx.get(f"{url}/v1/models").status_code == 200
+            return False
+
+        server.wait_until(answers, timeout_s=60, what="the second API process")
+        yield f"{url}/v1"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_a_stream_outlives_the_worker_in_every_api_process(server: "RunningServer", tmp_path: Path) -> None:
+    with second_api(server, tmp_path) as url:
+        video_id = long_video(server, steps=40)
+        watcher, other = Watcher(server, video_id), Watcher(server, video_id, url=url)
+        for one in (watcher, other):
+            server.wait_until(lambda one=one: len(one.content) > 10_000, timeout_s=60, what="some of the stream")
+        (pid,) = server.sampling_pids()
+        os.kill(pid, signal.SIGKILL)
+        content = watcher.result()
+        assert other.result() == content
     job = server.wait_for(video_id, "succeeded")
     assert job.attempt == 2
     assert num_frames(content, tmp_path) == 256
