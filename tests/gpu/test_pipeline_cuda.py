@@ -214,3 +214,34 @@ def test_a_gpu_that_is_not_the_current_one(velocity: VideoPipeline) -> None:
         assert got.device == torch.device("cuda", 1)
         assert (got.cpu() - expected.cpu()).norm() <= BOUNDS["float32"] * expected.norm().cpu()
     assert torch.cuda.current_device() == 0
+
+
+class Onlooker:
+    """Looks at the running estimate of some steps."""
+
+    def __init__(self, steps: set[int]) -> None:
+        self.steps, self.step = steps, 0
+        self.shown: dict[int, list[np.ndarray]] = {}  # type: ignore[type-arg]
+
+    def wanted(self) -> bool:
+        self.step += 1
+        return self.step in self.steps
+
+    def show(self, first: int, pictures: list[np.ndarray]) -> None:  # type: ignore[type-arg]
+        assert first == 0
+        self.shown[self.step] = pictures
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_previews_of_recorded_steps_change_nothing(velocity: VideoPipeline, sampler: str) -> None:
+    requests = ask(sampler)
+    plain = velocity(requests)
+    steps = requests[0].num_inference_steps
+    onlooker = Onlooker({1, steps})
+    clips = velocity(requests, preview=onlooker)
+    assert set(onlooker.shown) == {1, steps}
+    for clip, other, early, late in zip(clips, plain, onlooker.shown[1], onlooker.shown[steps], strict=True):
+        assert np.array_equal(clip, other)
+        # after the last step the estimate is the clip, decoded by itself and without the compiler
+        assert np.abs(late.astype(int) - clip[7].astype(int)).max() <= 3
+        assert not np.array_equal(early, late)

@@ -889,3 +889,18 @@ def test_previews_of_a_long_clip_show_what_comes_next(going_on: VideoPipeline) -
     assert np.array_equal(clip, going_on([request])[0])
     assert len(onlooker.shown) == windows
     assert differ(onlooker.shown[0][2][0], clip[7]) <= 1
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", SHORTCUT])
+def test_previews_of_recorded_steps(compiled: Compiled, sampler: str) -> None:
+    by_graphs, _ = compiled(sampler)
+    requests = [ask(by_graphs, seed, sampler=sampler, num_inference_steps=4) for seed in (1, 2)]
+    plain = [clip.copy() for clip in by_graphs(requests)]
+    steps = requests[0].num_inference_steps
+    onlooker = Onlooker({1, steps})
+    clips = by_graphs(requests, preview=onlooker)
+    (_, _, early), (_, _, late) = onlooker.shown
+    for clip, other, before, after in zip(clips, plain, early, late, strict=True):
+        assert np.array_equal(clip, other)
+        assert differ(after, clip[7]) <= 1
+        assert not np.array_equal(before, after)
