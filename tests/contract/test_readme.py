@@ -38,6 +38,12 @@ def run_commands() -> set[str]:
     return {name for pattern in patterns for name in pattern.split(" | ") if not name.startswith("-")}
 
 
+def subcommand_of(words: list[str]) -> list[str]:
+    """The subcommand that options belong to; ``keys`` has subcommands of its own."""
+    depth = 2 if words[1:2] == ["keys"] else 1
+    return [word for word in words[1 : 1 + depth] if not word.startswith("-")]
+
+
 @cache
 def help_of(command: tuple[str, ...]) -> str:
     script = Path(sys.executable).with_name(command[0])
@@ -76,8 +82,7 @@ def test_console_scripts_know_the_options_shown(document: Path) -> None:
     for words in shell_commands(document):
         if words[0] not in SCRIPTS:
             continue
-        subcommand = () if len(words) < 2 or words[1].startswith("-") else (words[1],)
-        known = help_of((words[0], *subcommand))
+        known = help_of((words[0], *subcommand_of(words)))
         options = [word.partition("=")[0] for word in words[1:] if word.startswith("-")]
         unknown = [name for name in options if not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", known)]
         assert unknown == [], f"{' '.join(words)} in {document.name}"
