@@ -86,7 +86,7 @@ class AccessControl:
             OverloadedError: The tenant has made too many requests.
         """
         headers = Headers(scope=scope)
-        caller = self.identify(headers.get("authorization"), origin=headers.get("origin"))
+        caller = self.identify(headers)
         logs.note(tenant=caller.tenant)
         check_scope(caller, scope["method"], scope["path"])
         if not scope.get(RATE_HEADERS):
@@ -103,22 +103,17 @@ class AccessControl:
             retry_after_ms = math.ceil(rate.retry_after_s * 1000)
             raise OverloadedError(message, code="rate_limit_exceeded", retry_after_ms=retry_after_ms)
 
-    def identify(self, authorization: str | None, *, origin: str | None = None) -> Caller:
-        """Who asks, by the value of the header ``Authorization``.
-
-        Args:
-            origin: Value of the header ``Origin``: without a key, pages of other sites that are open in a browser of
-                this machine may not ask for anything.
+    def identify(self, headers: Headers) -> Caller:
+        """Who asks.
 
         Raises:
             UnauthorizedError: A key is needed, and there is none, or it is not good (any more).
         """
         if not self.needs_key():
-            if origin is not None and not is_loopback(urlsplit(origin).hostname or ""):
-                message = f"Pages of {origin[:80]!r} need a key here. {_HOW}"
-                raise UnauthorizedError(message, code="missing_api_key")
+            if self._policy == "auto":
+                _check_local(headers)
             return NOBODY_ELSE  # OpenAI's client always sends some key
-        scheme, _, text = (authorization or "").partition(" ")
+        scheme, _, text = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not text.strip():
             raise UnauthorizedError(f"A key is needed here. {_HOW}", code="missing_api_key")
         key = self._keys.find(text.strip())
@@ -127,6 +122,28 @@ class AccessControl:
         if key.state is not KeyState.ACTIVE:  # only who has the whole key hears of it
             raise UnauthorizedError(f"The key {key.id} is {key.state.value}. {_HOW}", code="invalid_api_key")
         return Caller(tenant=key.tenant, key_id=key.id, scopes=key.scopes)
+
+
+def _check_local(headers: Headers) -> None:
+    """Refuse what a page of another site asks for in a browser of this machine: it can post forms to loopback, and let
+    a name of its own lead there (DNS rebinding).
+
+    Raises:
+        UnauthorizedError: The page, or the name by which the server was called, is not of this machine.
+    """
+    host = headers.get("host", "localhost")
+    named = [("Pages of", headers["origin"])] if "origin" in headers else []
+    for what, address in (*named, ("Requests to", f"//{host}")):
+        if not is_loopback(_hostname(address)):
+            shown = address.removeprefix("//")[:80]
+            raise UnauthorizedError(f"{what} {shown!r} need a key here. {_HOW}", code="missing_api_key")
+
+
+def _hostname(address: str) -> str:
+    try:
+        return urlsplit(address).hostname or ""
+    except ValueError:  # brackets without an address
+        return ""
 
 
 def is_loopback(host: str) -> bool:

@@ -219,7 +219,9 @@ def test_elsewhere_a_key_is_needed_from_the_start(settings: Settings, caplog: py
 def test_behind_a_gateway_keys_can_be_switched_off(settings: Settings) -> None:
     with TestClient(create_app(settings.model_copy(update={"host": "0.0.0.0", "keys": "off"}))) as client:
         keys_of(client).create(tenant="a", name="n", scopes=ALL_SCOPES)
-        assert client.get("/v1/videos", headers=bearer("any")).status_code == 200
+        page = {"origin": "https://gateway.example", "host": "gateway.example"}
+        for headers in (bearer("any"), page):
+            assert client.get("/v1/videos", headers=headers).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -250,8 +252,13 @@ def test_pages_of_other_sites_get_nothing_without_a_key(client: TestClient) -> N
         answer = client.options("/v1/videos", headers={"origin": origin, "access-control-request-method": "POST"})
         assert answer.status_code == 405
         assert not [name for name in answer.headers if name.startswith("access-control")]
+    for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "10.0.0.1:8000", "[", ""):
+        answer = client.get("/v1/videos", headers={"host": host})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "missing_api_key"), host
     assert client.get("/v1/videos").json()["data"] == []
-    assert client.get("/v1/videos", headers={"origin": "http://127.0.0.1:8000"}).status_code == 200
+    for origin in ("http://127.0.0.1:8000", "http://localhost:3000", "http://[::1]:8000"):
+        assert client.get("/v1/videos", headers={"origin": origin}).status_code == 200
+        assert client.get("/v1/videos", headers={"host": origin.removeprefix("http://")}).status_code == 200
 
 
 # -- F37 -----------------------------------------------------------------------------------------------------
