@@ -16,9 +16,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from medsora.manifest import find_checkpoint, read_manifest
 from medsora.request import GenerationRequest, resolve_request
 
@@ -143,6 +140,9 @@ def print_result(result: dict[str, Any]) -> None:
         f"{result['num_inference_steps']} steps ({result['sampler']}, guidance {result['guidance_scale']:g}) "
         f"on {machine['device']}; {machine['processor']}, {machine['cores']} cores, torch {machine['torch']}"
     )
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table("seconds", "median", "least", "most")
     for name in ("clip_s", "step_s", "decode_s", "write_mp4_s"):
         values = result[name]

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, BinaryIO
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -52,6 +53,8 @@ logger = logging.getLogger(__name__)
 MAX_LINES = 50_000
 MAX_PROBLEMS = 100
 """A file with more of them is not read any further."""
+_PRIORITY = -5
+"""Of lines that name none: one who waits for an answer comes before one's own batches."""
 _CHECK_LINES, _CHECK_BYTES = 2000, 16 * 2**20
 _SUBMIT_LINES = 500
 _RESULT_LINES = 500
@@ -291,6 +294,8 @@ class BatchRunner:
                 try:
                     request = read_line(file.read(line.length), endpoint=batch.endpoint)
                     order, source = order_of(request.body)
+                    if order.priority is None:
+                        order = replace(order, priority=_PRIORITY)
                     if source is None:
                         job = self._jobs.resolve(batch.tenant, order)
                     else:
@@ -306,16 +311,14 @@ class BatchRunner:
         return resolved
 
     def _publish(self, job_ids: Sequence[str]) -> None:
-        published = []
+        if not job_ids:
+            return
         try:
-            for job_id in job_ids:
-                self._queue.publish(job_id, 0)
-                published.append(job_id)
+            self._queue.publish_hints([(job_id, 0) for job_id in job_ids])
         except QueueError as error:
-            logger.warning("%s; the reaper will publish %d jobs", error, len(job_ids) - len(published))
-        self._repository.mark_published(published)
-
-    # -- the end ---------------------------------------------------------------------------------------------
+            logger.warning("%s; the reaper will publish %d jobs", error, len(job_ids))
+            return
+        self._repository.mark_published(job_ids)
 
     def _end(self, claim: BatchClaim) -> bool:
         """Stop what is not done, and write the files once all of it has stopped."""

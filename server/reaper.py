@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from server.events.log import EventLog
 from server.files.store import FileStore
-from server.jobs.queue import JobQueue, QueueError
+from server.jobs.queue import MOST_HINTS, JobQueue, QueueError
 from server.jobs.repository import JobRepository, log_fields
 from server.jobs.workers import WorkerRegistry
 from server.logs import bound
@@ -78,23 +78,17 @@ class Reaper:
     def _publish(self) -> None:
         settings = self._settings
         self._publish_all(self._repository.unpublished(grace_s=settings.publish_grace_s, limit=_BATCH))
-        # Messages can vanish with the broker's memory or with a worker that had just taken one. As long as
-        # there is one for every waiting job, nothing is published again: a long queue must not grow copies.
-        missing = self._repository.count_waiting() - self._queue.length()
-        if missing > 0:
-            limit = min(missing, _BATCH)
-            self._publish_all(self._repository.stale_published(after_s=settings.republish_after_s, limit=limit))
+        # Messages can vanish with the broker's memory or with a worker that had just taken one. As long as there
+        # is one, whoever takes it sees all jobs that wait, and nothing is published again.
+        if self._queue.length() == 0:
+            self._publish_all(self._repository.stale_published(after_s=settings.republish_after_s, limit=MOST_HINTS))
 
     def _publish_all(self, jobs: Sequence[tuple[str, int]]) -> None:
-        published = []
-        try:
-            for job_id, attempt in jobs:
-                self._queue.publish(job_id, attempt)
-                published.append(job_id)
-        finally:
-            self._repository.mark_published(published)
-        if published:
-            logger.info("published %d jobs again", len(published))
+        if not jobs:
+            return
+        self._queue.publish_hints(jobs)
+        self._repository.mark_published([job_id for job_id, _ in jobs])
+        logger.info("published %d jobs again", len(jobs))
 
     def _end_lives(self) -> None:
         while count := self._repository.expire(kept_s=self._settings.video_kept_s, limit=_BATCH):

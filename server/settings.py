@@ -68,11 +68,18 @@ class Settings(BaseSettings):
         "that can be done, else a warning is logged; on: or the model is refused; off: never.",
     )
     batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1, le=1024)], ...], NoDecode] = Field(
-        (1,),
-        min_length=1,
+        (),
         max_length=16,
         description="Numbers of clips sampled at once that the networks are compiled for, rising, separated by commas; "
-        "a number between two of them is filled up to the larger. As yet a worker samples its jobs one by one.",
+        "the largest is the most that a worker takes. Empty: 1,4,16,64 on a GPU and 1,2,4,8 on a CPU, of which the "
+        "worker takes what it measures to pay when it starts.",
+    )
+    batch_wait_ms: int = Field(
+        10,
+        ge=0,
+        le=10_000,
+        description="Milliseconds that a batch which is not full waits for more jobs of its kind, where several came "
+        "within the last second.",
     )
     worker_processes: int = Field(
         1, ge=1, le=64, description="Sampling processes of one worker; each holds its own copy of the model."
@@ -304,6 +311,11 @@ class Settings(BaseSettings):
         if self.database_url is not None:
             return self.database_url.get_secret_value()
         return f"sqlite:///{self.data_dir.resolve() / 'medsora.db'}"
+
+    @property
+    def turn_s(self) -> float:
+        """Seconds after which a sampling process begins no further batch within one task of Celery."""
+        return min(60.0, self.job_time_limit_s / 10)
 
     @property
     def artifacts_dir(self) -> Path:

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,33 +94,50 @@ class ArtifactStore:
         *,
         variant: Variant = Variant.VIDEO,
     ) -> ArtifactInfo:
-        """Let ``write`` make a file and publish it under its final name once ``check`` accepts it.
+        """:meth:`write_all` for one file."""
+        return self.write_all(job_id, attempt, {variant: (write, check)})[variant]
+
+    def write_all(
+        self,
+        job_id: str,
+        attempt: int,
+        files: Mapping[Variant, tuple[Callable[[Path], None], Callable[[Path], None]]],
+    ) -> dict[Variant, ArtifactInfo]:
+        """Let files be made, and publish them under their final names once all of them are accepted.
 
         Args:
-            write: Called with a temporary path that ends as the final one does, e.g. in ``.mp4``.
-            check: Called with the same path when the content is on disk; raises to refuse it.
+            files: Of each variant two functions: one that writes, called with a temporary path that ends as the final
+                one does, e.g. in ``.mp4``; one that checks, called with the same path when the content is on disk, and
+                raises to refuse it.
 
         Raises:
-            StorageFullError: No room. Whatever else ``write`` or ``check`` raise goes through. In each case no
-                file is left.
+            StorageFullError: No room. Whatever else the functions raise goes through. In each case no file is left.
         """
-        name = _name(job_id, attempt, variant)
-        target = self.root / name
-        partial = target.with_suffix(f".part{target.suffix}")
+        stored = {}
+        made: dict[Path, Path] = {}
+        name = ""
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write(partial)
-            sync(partial)
-            check(partial)
-            size_bytes, sha256 = partial.stat().st_size, sha256_of(partial)
-            partial.replace(target)
-            sync(target.parent)
+            for variant, (write, check) in files.items():
+                name = _name(job_id, attempt, variant)
+                target = self.root / name
+                partial = target.with_suffix(f".part{target.suffix}")
+                made[partial] = target
+                target.parent.mkdir(parents=True, exist_ok=True)
+                write(partial)
+                sync(partial)
+                check(partial)
+                stored[variant] = ArtifactInfo(name=name, size_bytes=partial.stat().st_size, sha256=sha256_of(partial))
+            for partial, target in made.items():
+                partial.replace(target)
+            sync(self.root / _shard(job_id))  # once for all of them: they lie in one folder
         except BaseException as error:
-            partial.unlink(missing_ok=True)
+            for partial, target in made.items():
+                partial.unlink(missing_ok=True)
+                target.unlink(missing_ok=True)
             if _is_full(error):
                 raise StorageFullError(f"no room for {name} below {self.root}") from error
             raise
-        return ArtifactInfo(name=name, size_bytes=size_bytes, sha256=sha256)
+        return stored
 
     def path(self, name: str, variant: Variant = Variant.VIDEO) -> Path:
         """Path of a stored file, or of the ``variant`` that lies beside the video of that name.

@@ -20,6 +20,7 @@ from starlette.datastructures import UploadFile
 
 from server.api.handlers import first_problem
 from server.errors import RequestRefusedError, ServiceError
+from server.jobs.model import MOST_PRIORITY
 from server.jobs.service import VideoOrder
 from server.sources.service import SourceOrder
 
@@ -113,7 +114,9 @@ class CreateVideoFields(BaseModel):
         None, description="Length of the video in seconds, as text or number."
     )
     seed: Whole | None = Field(
-        None, description="0 to 2**63-1. The same seed and fields give the same video; left out: drawn and told."
+        None,
+        description="0 to 2**63-1. The same seed and fields give the same video, but for rounding; left out: drawn and "
+        "told.",
     )
     num_inference_steps: Whole | None = Field(None, description="Steps of the sampler.")
     guidance_scale: Real | None = Field(None, description="Strength of classifier-free guidance; 1 is none.")
@@ -131,6 +134,17 @@ class CreateVideoFields(BaseModel):
         None,
         max_length=200,
         description="With webhook_url: what its message is signed with, whsec_ and 24 to 64 bytes in base64.",
+    )
+    priority: Whole | None = Field(
+        None,
+        ge=-MOST_PRIORITY,
+        le=MOST_PRIORITY,
+        description="Higher comes sooner among one's own videos that wait; left out: 0, in a batch -5.",
+    )
+    deterministic: bool | None = Field(
+        None,
+        description="true: sampled alone, so that the same seed and fields give the same bytes whatever else is asked "
+        "for; left out: sampled together with others where that is faster, which rounds differently.",
     )
     n: One | None = Field(None, description="Number of videos; only 1.")
     num_outputs_per_prompt: One | None = Field(None, description="As n; only 1.")

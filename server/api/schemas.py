@@ -81,7 +81,10 @@ class VideoObject(BaseModel):
     num_inference_steps: int
     guidance_scale: float
     sampler: str
-    inference_time_s: float | None = Field(description="Seconds of the sampler and decoder.")
+    priority: int = Field(description="Higher comes sooner among one's own videos that wait.")
+    deterministic: bool = Field(description="Whether it is sampled alone, and so to the same bytes each time.")
+    inference_time_s: float | None = Field(description="Seconds of the sampler and decoder, for the whole batch.")
+    batch_size: int | None = Field(description="Videos that were sampled together with it, itself included.")
     sha256: str | None = Field(description="SHA-256 of the MP4 file.")
     source: Literal["reference", "edit", "extension"] | None = Field(
         description="What became of the picture or video that it was made from; null: from a label alone."
@@ -119,7 +122,10 @@ class VideoObject(BaseModel):
             num_inference_steps=job.num_inference_steps,
             guidance_scale=job.guidance_scale,
             sampler=job.sampler,
+            priority=job.priority,
+            deterministic=job.deterministic,
             inference_time_s=job.sampling_s,
+            batch_size=job.batch_size,
             sha256=job.sha256,
             source=None if job.source_kind is None else SourceKind(job.source_kind).value,
             source_video_id=job.source_video,

@@ -1,4 +1,4 @@
-"""What is measured of jobs when they end."""
+"""What is measured of jobs: when they end, and of the batches that they are sampled in."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,13 +8,14 @@ from sqlalchemy import Connection
 from server.jobs.model import TERMINAL, JobStatus
 from server.measures import Measure, Observation, add_observations
 
-__all__ = ["JOB_MEASURES", "measure_ended"]
+__all__ = ["BATCH_SIZE", "JOB_MEASURES", "measure_ended"]
 
 # A tiny model on an idle GPU takes milliseconds; long clips on a CPU, or at the end of a long queue, half an hour.
 _LATENCY_EDGES = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
 _STAGE_EDGES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 1800.0)
 _STEP_EDGES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0)
 _RATIO_EDGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
+_BATCH_EDGES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 
 LATENCY = Measure(
     name="medsora_request_latency_seconds",
@@ -46,13 +47,19 @@ REAL_TIME_FACTOR = Measure(
     labels=("model",),
     edges=_RATIO_EDGES,
 )
+BATCH_SIZE = Measure(
+    name="medsora_batch_size",
+    about="Clips that were sampled together, by batch.",
+    labels=("model",),
+    edges=_BATCH_EDGES,
+)
 FAILURES = Measure(
     name="medsora_requests_failed",
     about="Jobs that failed, by the code of their error.",
     labels=("model", "code"),
 )
 
-JOB_MEASURES = (LATENCY, QUEUE_TIME, STAGES, STEP, REAL_TIME_FACTOR, FAILURES)
+JOB_MEASURES = (LATENCY, QUEUE_TIME, STAGES, STEP, REAL_TIME_FACTOR, BATCH_SIZE, FAILURES)
 
 
 def measure_ended(connection: Connection, rows: Sequence[Any]) -> None:

@@ -4,11 +4,12 @@ import enum
 import re
 import secrets
 
-from sqlalchemy import JSON, BigInteger, Boolean, CheckConstraint, Double, Index, Integer, String, Text
+from sqlalchemy import JSON, BigInteger, Boolean, CheckConstraint, Double, Index, Integer, String, Text, false
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 __all__ = [
     "DEFAULT_TENANT",
+    "MOST_PRIORITY",
     "TERMINAL",
     "TRANSITIONS",
     "Base",
@@ -16,6 +17,7 @@ __all__ = [
     "DeletedTotal",
     "Job",
     "JobStatus",
+    "TenantShare",
     "WorkerProcess",
     "is_job_id",
     "new_job_id",
@@ -23,6 +25,9 @@ __all__ = [
 
 DEFAULT_TENANT = "default"
 """Whose everything is where no keys are used."""
+
+MOST_PRIORITY = 10
+"""Priorities go from minus this to this; 0 is the usual."""
 
 _BIG = BigInteger().with_variant(Integer(), "sqlite")  # SQLite numbers rows by itself only for INTEGER
 
@@ -101,6 +106,10 @@ class Job(Base):
     sampler: Mapped[str] = mapped_column(String(64))
     remixed_from: Mapped[str | None] = mapped_column(String(64))
     """Id of the job whose seed and settings it took; that job may be gone."""
+    priority: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
+    """Higher comes sooner among the jobs of its tenant."""
+    deterministic: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
+    """Whether it is sampled alone, so that nothing else can change how its numbers are rounded."""
 
     # what it is made from, beside the label
     source_kind: Mapped[str | None] = mapped_column(String(16))
@@ -165,7 +174,9 @@ class Job(Base):
 
     # how long the parts of the attempt that succeeded took, seconds of the worker's steady clock
     sampling_s: Mapped[float | None] = mapped_column(Double)
-    """Sampler and decoder: what the model itself took."""
+    """Sampler and decoder: what the model itself took, for the whole batch."""
+    batch_size: Mapped[int | None] = mapped_column(Integer)
+    """Clips that were sampled together with it, itself included."""
     encode_s: Mapped[float | None] = mapped_column(Double)
     store_s: Mapped[float | None] = mapped_column(Double)
 
@@ -218,3 +229,15 @@ class DeletedTotal(Base):
     sampling_s: Mapped[float] = mapped_column(Double, default=0.0)
     encode_s: Mapped[float] = mapped_column(Double, default=0.0)
     store_s: Mapped[float] = mapped_column(Double, default=0.0)
+
+
+class TenantShare(Base):
+    """Where a tenant stands in the virtual time of fair queueing; see ``sharing.py``."""
+
+    __tablename__ = "tenant_shares"
+
+    tenant: Mapped[str] = mapped_column(String(64), primary_key=True)
+    start_tag: Mapped[float] = mapped_column(Double)
+    """Virtual time at its newest claim; the largest of all is the virtual time now."""
+    finish_tag: Mapped[float] = mapped_column(Double)
+    """Where its claims so far have moved it."""

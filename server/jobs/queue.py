@@ -13,13 +13,24 @@ from typing import Any
 from celery import Celery
 from sqlalchemy.exc import SQLAlchemyError
 
-__all__ = ["QUEUE_NAME", "TASK_NAME", "BackgroundPublisher", "JobQueue", "QueueError", "transport_options"]
+__all__ = [
+    "MOST_HINTS",
+    "QUEUE_NAME",
+    "TASK_NAME",
+    "BackgroundPublisher",
+    "JobQueue",
+    "QueueError",
+    "transport_options",
+]
 
 TASK_NAME = "medsora.generate_video"
 QUEUE_NAME = "medsora.generate"
 KEY_PREFIX = "vgen:"
 VISIBILITY_TIMEOUT_S = 7200
 _PUBLISH_TIMEOUT_S = 1.0
+MOST_HINTS = 16
+"""Messages that may wait. Whoever takes one does all the work that the table shows, so further ones say nothing new: a
+message that waits after a job was committed is taken later, and its taker sees the job."""
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +102,16 @@ class JobQueue:
         except Exception as error:  # kombu lets through what redis and the socket raise
             raise self._failed("publishing", error) from error
 
+    def publish_hints(self, jobs: Sequence[tuple[str, int]]) -> None:
+        """Let the broker know of jobs (id, attempts so far) that are committed, by as many messages as are of use.
+
+        Raises:
+            QueueError: The broker did not take them.
+        """
+        room = MOST_HINTS - self.length()
+        for job_id, attempt in jobs[: max(0, room)]:
+            self.publish(job_id, attempt)
+
     def length(self) -> int:
         """Number of messages that no worker has taken yet.
 
@@ -117,7 +138,7 @@ class JobQueue:
 
 
 class BackgroundPublisher:
-    """A thread that publishes the ids it is given and forgets those that it cannot.
+    """A thread that lets the broker know of the jobs it is given, and forgets them where it cannot.
 
     Args:
         job_queue: Used by this thread alone.
@@ -156,15 +177,12 @@ class BackgroundPublisher:
             while not self._pending.empty():
                 batch.append(self._pending.get())
             stopping = None in batch
-            published: list[str] = []
+            published = [job_id for job_id in batch if job_id is not None]
             try:
-                for job_id in batch:
-                    if job_id is not None:
-                        self._job_queue.publish(job_id, 0)
-                        published.append(job_id)
+                self._job_queue.publish_hints([(job_id, 0) for job_id in published])
             except QueueError as error:
-                # The rest of the batch would only wait for the same time limit.
-                logger.warning("%s; the reaper will publish %d jobs", error, len(batch) - len(published))
+                logger.warning("%s; the reaper will publish %d jobs", error, len(published))
+                continue
             try:
                 self._mark_published(published)
             except SQLAlchemyError:

@@ -7,18 +7,34 @@ database with its own clock, never with the clock of a worker or API host.
 """
 
 import enum
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Update, and_, case, delete, func, insert, or_, select, true, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Update,
+    and_,
+    case,
+    delete,
+    func,
+    insert,
+    or_,
+    select,
+    true,
+    tuple_,
+    update,
+)
 
 from server import logs
 from server.events.jobs import announce_deletion, announce_preview, announce_progress, announce_states
 from server.idempotency import note_made
 from server.jobs.database import Database, database_now
-from server.jobs.measures import measure_ended
+from server.jobs.measures import BATCH_SIZE, measure_ended
 from server.jobs.model import DEFAULT_TENANT, TERMINAL, DeletedJob, Job, JobStatus, new_job_id
+from server.jobs.sharing import ALIKE, charge, lock_shares, next_ids, runs_alone
+from server.measures import Observation, add_observations
 from server.keys.limits import NO_LIMITS, Limits, Quota, count_usage, fitting
 
 __all__ = [
@@ -95,6 +111,8 @@ class JobRecord:
     source_video: str | None
     prefix_frames: int
     strength: float
+    priority: int
+    deterministic: bool
     attempt: int
     handed_back: int
     lease_until: float | None
@@ -120,6 +138,7 @@ class JobRecord:
     encode_s: float | None
     store_s: float | None
     webhook_url: str | None
+    batch_size: int | None
     webhook_secret: str | None = field(repr=False)
     previews_until: float | None
     expires_at: float | None
@@ -145,6 +164,7 @@ class FinishedWork:
     sampling_s: float
     encode_s: float
     store_s: float
+    batch_size: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,27 +255,33 @@ class JobRepository:
     def expected_wait_s(self, job: JobRecord) -> float | None:
         """Rough seconds until an unfinished job is done, by the pace of the last jobs; None: no such job yet."""
         recent = (
-            select((Job.sampling_s / Job.num_inference_steps).label("pace_s"))
+            select(
+                (Job.sampling_s / Job.num_inference_steps).label("step_s"),
+                (Job.sampling_s / Job.num_inference_steps / func.coalesce(Job.batch_size, 1)).label("clip_step_s"),
+            )
             .where(Job.status == JobStatus.SUCCEEDED, Job.model == job.model)
             .order_by(Job.seq.desc())
             .limit(10)
             .subquery()
         )
-        before = or_(Job.status == JobStatus.RUNNING, and_(Job.status == JobStatus.QUEUED, Job.seq < job.seq))
+        sooner = or_(Job.priority > job.priority, and_(Job.priority == job.priority, Job.seq < job.seq))
+        before = or_(Job.status == JobStatus.RUNNING, and_(Job.status == JobStatus.QUEUED, sooner))
         ahead = select(
             func.coalesce(func.sum(Job.num_inference_steps - Job.steps_done), 0),
-            func.coalesce(func.sum(case((Job.status == JobStatus.RUNNING, 1), else_=0)), 0),
+            func.count(case((Job.status == JobStatus.RUNNING, Job.worker)).distinct()),
         ).where(before)
         with self._database.read() as connection:
-            pace_s = connection.scalar(select(func.avg(recent.c.pace_s)))
-            if pace_s is None:
+            step_s, clip_step_s = connection.execute(
+                select(func.avg(recent.c.step_s), func.avg(recent.c.clip_step_s))
+            ).one()
+            if step_s is None:
                 return None
-            steps_ahead, running = connection.execute(ahead).one()
-        steps = job.num_inference_steps - job.steps_done
-        if job.status is JobStatus.QUEUED:
-            # As many jobs as run now will go on being run at once.
-            steps += steps_ahead / max(1, running)
-        return float(pace_s) * float(steps)
+            steps_ahead, workers = connection.execute(ahead).one()
+        own_s = float(step_s) * (job.num_inference_steps - job.steps_done)
+        if job.status is not JobStatus.QUEUED:
+            return own_s
+        # As many workers as are at it now will go on, each as many clips at a time as lately.
+        return own_s + float(clip_step_s) * float(steps_ahead) / max(1, workers)
 
     def want_previews(self, job_ids: Collection[str], tenants: Collection[str], *, for_s: float) -> None:
         """Let workers show previews of these unfinished jobs, and of all of these tenants, for a while."""
@@ -302,13 +328,55 @@ class JobRepository:
 
     def claim(self, job_id: str, *, worker: str) -> Claim | None:
         """Take a job that waits, or whose worker has let its lease run out; None when it is not to be had."""
-        takeable = or_(
+        with self._database.write() as connection:
+            lock_shares(connection, self._database)
+            claims = self._take(connection, [job_id], worker)
+        return claims[0] if claims else None
+
+    def claim_next(self, *, worker: str, most: Callable[[JobRecord], int]) -> list[Claim]:
+        """Take the job that is next (see ``sharing.py``) and others that can be sampled together with it.
+
+        Args:
+            most: How many may be sampled together with a job, itself included.
+        """
+        takeable = self._takeable()
+        with self._database.read() as connection:  # nobody waits for this one, most often
+            if connection.scalar(select(Job.id).where(*takeable).limit(1)) is None:
+                return []
+        with self._database.write() as connection:
+            lock_shares(connection, self._database)
+            ids = next_ids(connection, takeable, limit=1)
+            if not ids:
+                return []
+            row = connection.execute(select(*_TABLE.c, runs_alone()).where(Job.id == ids[0])).one()
+            first = job_record({column.name: row._mapping[column] for column in _TABLE.c})
+            limit = 1 if row[-1] else most(first)
+            if limit > 1:
+                alike = next_ids(connection, takeable, limit=limit, alike=_alike(first))
+                ids = [first.id, *[job_id for job_id in alike if job_id != first.id]][:limit]
+            return self._take(connection, ids, worker)
+
+    def claim_alike(self, job: JobRecord, *, worker: str, most: int) -> list[Claim]:
+        """Take up to ``most`` waiting jobs that can be sampled together with this one."""
+        with self._database.write() as connection:
+            lock_shares(connection, self._database)
+            ids = next_ids(connection, self._takeable(), limit=most, alike=_alike(job))
+            return self._take(connection, ids, worker)
+
+    def _takeable(self) -> tuple[ColumnElement[bool], ...]:
+        """Jobs that wait, or whose worker has let its lease run out."""
+        waits = or_(
             Job.status == JobStatus.QUEUED,
             and_(Job.status == JobStatus.RUNNING, Job.lease_until < database_now()),
         )
+        return (waits, Job.cancel_requested.is_(False), self._attempts_left())
+
+    def _take(self, connection: Connection, ids: Sequence[str], worker: str) -> list[Claim]:
+        if not ids:
+            return []
         statement = (
             update(_TABLE)
-            .where(Job.id == job_id, takeable, Job.cancel_requested.is_(False), self._attempts_left())
+            .where(Job.id.in_(ids), *self._takeable())
             .values(
                 status=JobStatus.RUNNING.value,
                 attempt=Job.attempt + 1,
@@ -319,38 +387,48 @@ class JobRepository:
             )
             .returning(*_TABLE.c)
         )
-        with self._database.write() as connection:
-            row = connection.execute(statement).one_or_none()
-            if row is not None:
-                _tell(connection, [row])
-        return None if row is None else Claim(_record(row), row.attempt)
+        rows = sorted(connection.execute(statement).all(), key=lambda row: ids.index(row.id))
+        charge(connection, rows)
+        _tell(connection, rows)
+        return [Claim(_record(row), row.attempt) for row in rows]
 
     def renew(self, job_id: str, token: int, *, steps_done: int, announce: bool = False) -> bool | None:
-        """Prolong the lease and record progress.
+        """:meth:`renew_all` for one claim: whether cancellation was asked for; None when the claim is lost."""
+        return self.renew_all({(job_id, token): steps_done}, announce=announce).get(job_id)
+
+    def renew_all(self, progress: Mapping[tuple[str, int], int], *, announce: bool = False) -> dict[str, bool]:
+        """Prolong leases and record progress, all in one transaction.
 
         Args:
-            announce: Whether to tell the progress to those who follow the job.
+            progress: Steps that are done of each job, by its id and token.
+            announce: Whether to tell the progress to those who follow the jobs.
 
         Returns:
-            Whether cancellation was asked for; None when the claim is lost.
+            Of each claim that still stands, whether cancellation was asked for.
         """
-        statement = (
-            update(_TABLE)
-            .where(*_held(job_id, token))
-            .values(lease_until=database_now() + self._lease_s, steps_done=steps_done)
-            .returning(*_TABLE.c)
-        )
+        by_steps: dict[int, list[tuple[str, int]]] = {}
+        for claim, steps_done in progress.items():
+            by_steps.setdefault(steps_done, []).append(claim)
+        answers = {}
         with self._database.write() as connection:
-            row = connection.execute(statement).one_or_none()
-            if row is not None and announce:
-                announce_progress(connection, row)
-        return None if row is None else bool(row.cancel_requested)
+            for steps_done, claims in by_steps.items():
+                statement = (
+                    update(_TABLE)
+                    .where(*_all_held(claims))
+                    .values(lease_until=database_now() + self._lease_s, steps_done=steps_done)
+                    .returning(*(_TABLE.c if announce else (_TABLE.c.id, _TABLE.c.cancel_requested)))
+                )
+                for row in connection.execute(statement).all():
+                    answers[row.id] = bool(row.cancel_requested)
+                    if announce:
+                        announce_progress(connection, row)
+        return answers
 
-    def preview_wanted(self, job_id: str) -> bool:
-        """Whether somebody looks at the previews of a job now."""
-        query = select(Job.id).where(Job.id == job_id, Job.previews_until > database_now())
+    def previews_wanted(self, job_ids: Collection[str]) -> set[str]:
+        """Those of these jobs whose previews somebody looks at now."""
+        query = select(Job.id).where(Job.id.in_(job_ids), Job.previews_until > database_now())
         with self._database.read() as connection:
-            return connection.scalar(query) is not None
+            return set(connection.scalars(query))
 
     def show_preview(self, job_id: str, token: int, image: bytes, *, steps_done: int) -> None:
         """Tell what a job will look like, if the claim still stands.
@@ -365,27 +443,32 @@ class JobRepository:
                 announce_preview(connection, row, image, steps_done=steps_done)
 
     def succeed(self, job_id: str, token: int, work: FinishedWork) -> bool:
-        """Publish the result. False when the claim is lost or cancellation was asked for: then it is not."""
-        statement = (
-            update(Job)
-            .where(*_held(job_id, token), Job.cancel_requested.is_(False))
-            .values(
-                status=JobStatus.SUCCEEDED.value,
-                steps_done=Job.num_inference_steps,
-                artifact=work.artifact,
-                size_bytes=work.size_bytes,
-                sha256=work.sha256,
-                thumbnail_sha256=work.thumbnail_sha256,
-                spritesheet_sha256=work.spritesheet_sha256,
-                sampling_s=work.sampling_s,
-                encode_s=work.encode_s,
-                store_s=work.store_s,
-                completed_at=database_now(),
-                lease_until=None,
-            )
-        )
+        """:meth:`succeed_all` for one job: False when its result is not published."""
+        return job_id in self.succeed_all([(job_id, token, work)])
+
+    def succeed_all(self, finished: Sequence[tuple[str, int, FinishedWork]]) -> set[str]:
+        """Publish results (id, token, work), all in one transaction.
+
+        Returns:
+            Ids of the published ones. Of the others the claim is lost, or cancellation was asked for.
+        """
+        rows: list[Any] = []
         with self._database.write() as connection:
-            return _change(connection, statement) == 1
+            for job_id, token, work in finished:
+                statement = (
+                    update(_TABLE)
+                    .where(*_held(job_id, token), Job.cancel_requested.is_(False))
+                    .values(
+                        status=JobStatus.SUCCEEDED.value,
+                        steps_done=Job.num_inference_steps,
+                        **asdict(work),
+                        completed_at=database_now(),
+                        lease_until=None,
+                    )
+                )
+                rows += connection.execute(statement.returning(*_TABLE.c)).all()
+            _tell(connection, rows)
+        return {row.id for row in rows}
 
     def fail(self, job_id: str, token: int, *, code: str, message: str) -> bool:
         """End the job with an error. False when the claim is lost."""
@@ -396,10 +479,32 @@ class JobRepository:
         return self._end(job_id, token, JobStatus.CANCELED, CANCELLED, CANCELLED_MESSAGE)
 
     def hand_back(self, job_id: str, token: int) -> bool:
-        """Let another worker have the job at once, without using up an attempt. False when the claim is lost."""
-        statement = update(Job).where(*_held(job_id, token), Job.cancel_requested.is_(False))
+        """:meth:`hand_back_all` for one job. False when the claim is lost or cancellation was asked for."""
+        return job_id in self.hand_back_all([(job_id, token)])
+
+    def hand_back_all(self, claims: Sequence[tuple[str, int]], *, uses_attempt: bool = False) -> set[str]:
+        """Let other workers have these jobs at once.
+
+        Args:
+            claims: Ids and tokens.
+            uses_attempt: Whether this claim counts against the cap of attempts.
+
+        Returns:
+            Ids of those that wait again. Of the others the claim is lost, or cancellation was asked for.
+        """
+        handed_back = Job.handed_back + (0 if uses_attempt else 1)
+        statement = update(_TABLE).where(*_all_held(claims), Job.cancel_requested.is_(False))
         with self._database.write() as connection:
-            return _change(connection, statement.values(handed_back=Job.handed_back + 1, **_waiting())) == 1
+            changed = connection.execute(
+                statement.values(handed_back=handed_back, **_waiting()).returning(*_TABLE.c)
+            ).all()
+            _tell(connection, changed)
+        return {row.id for row in changed}
+
+    def count_batch(self, model: str, size: int) -> None:
+        """Count a batch that has been sampled."""
+        with self._database.write() as connection:
+            add_observations(connection, [Observation(BATCH_SIZE, (model,), size)])
 
     def _end(self, job_id: str, token: int, status: JobStatus, code: str, message: str) -> bool:
         statement = update(Job).where(*_held(job_id, token)).values(**_ended(status, code, message))
@@ -549,6 +654,8 @@ def _new(values: dict[str, Any]) -> dict[str, Any]:
         "steps_done": 0,
         "cancel_requested": False,
         "request_id": logs.current().get("request_id"),
+        "priority": 0,
+        "deterministic": False,
         **values,
     }
 
@@ -580,6 +687,16 @@ def _change(connection: Connection, statement: Update) -> int:
 def _held(job_id: str, token: int) -> tuple[ColumnElement[bool], ...]:
     """The claim still stands. An expired lease that nobody has taken over yet is still good."""
     return (Job.id == job_id, Job.status == JobStatus.RUNNING, Job.attempt == token)
+
+
+def _all_held(claims: Sequence[tuple[str, int]]) -> tuple[ColumnElement[bool], ...]:
+    """As :func:`_held`, for any of these ids and tokens."""
+    ids = [job_id for job_id, _ in claims]
+    return (Job.id.in_(ids), Job.status == JobStatus.RUNNING, tuple_(Job.id, Job.attempt).in_(list(claims)))
+
+
+def _alike(job: JobRecord) -> dict[str, Any]:
+    return {column.key: getattr(job, column.key) for column in ALIKE}
 
 
 def _waiting() -> dict[str, Any]:

@@ -57,6 +57,8 @@ class VideoOrder:
     """Field that the given frames come in, for messages."""
     webhook_url: str | None = None
     webhook_secret: str | None = field(default=None, repr=False)
+    priority: int | None = None
+    deterministic: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ class JobService:
             sampler=source.sampler,
             prefix_frames=source.prefix_frames,
             strength=source.strength,
+            deterministic=source.deterministic,
         )
         same = {name: getattr(source, name) for name in ("source_kind", "source_id", "source_video")}
         return self.accept({**self.resolve(tenant, order), **same, "remixed_from": source.id})
@@ -296,6 +299,8 @@ def _resolve(checkpoint: ServedCheckpoint, order: VideoOrder) -> dict[str, Any]:
         "sampler": request.sampler,
         "prefix_frames": request.prefix_frames,
         "strength": request.strength,
+        "priority": order.priority or 0,
+        "deterministic": order.deterministic or False,
     }
 
 

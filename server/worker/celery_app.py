@@ -41,8 +41,9 @@ def make_celery(settings: Settings) -> Celery:
         # A sampling process ends itself when its start takes too long; this is for one that cannot.
         worker_proc_alive_timeout=settings.worker_start_limit_s + 60,
         worker_max_memory_per_child=settings.worker_max_memory_mib * 1024,
-        task_soft_time_limit=settings.job_time_limit_s * 9 // 10,
-        task_time_limit=settings.job_time_limit_s,
+        # Of a task, which takes batch after batch for a while: the last of them gets the whole time, too.
+        task_soft_time_limit=settings.turn_s + settings.job_time_limit_s * 9 // 10,
+        task_time_limit=settings.turn_s + settings.job_time_limit_s,
         # True kills the running job when Redis restarts, and acknowledges it.
         worker_cancel_long_running_tasks_on_connection_loss=False,
         worker_soft_shutdown_timeout=60,

@@ -1,95 +1,201 @@
-"""One job from claim to commit: sample, encode, store, publish; or say why not.
+"""From claims to samples: batches of jobs that are alike, and what becomes of them when something goes wrong.
 
-Whatever happens, the job is settled here, unless the process dies or the database cannot be reached: then the
-lease runs out and the reaper settles it.
+Whatever happens, a job is settled here or in ``finishing.py``, unless the process dies or the database cannot be
+reached: then the lease runs out and the reaper settles it. A job that a worker was lost with is claimed alone the next
+time (``server/jobs/sharing.py``), so that one that kills its process does so three times, and its neighbours once.
 """
 
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections import deque
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 from celery.exceptions import SoftTimeLimitExceeded
 from sqlalchemy.exc import SQLAlchemyError
 
-from medsora.errors import BackendError, CheckpointError, MedsoraError
-from medsora.provenance import clip_metadata
+from medsora.errors import BackendError, CheckpointError
 from medsora.request import GenerationRequest
-from medsora.video_io import write_mp4
-from server.errors import without_folders
 from server.jobs.queue import JobQueue, QueueError
-from server.jobs.repository import Claim, FinishedWork, log_fields
-from server.logs import note
-from server.storage import ArtifactInfo, StorageFullError, Variant
+from server.jobs.repository import Claim, JobRecord
+from server.storage import StorageFullError
+from server.worker.finishing import Finisher, SampledBatch, close_canceled, explain, settle
 from server.worker.pieces import is_made_at_once, make_in_pieces
 from server.worker.preview import PreviewWriter
 from server.worker.progress import ClaimKeeper, ClaimLost, JobCanceled, WorkerStopping
-from server.worker.publishing import MADE_OF_FRAMES, write_checked, write_origin
 from server.worker.runtime import WorkerRuntime
-from server.worker.sources import SourceError
-from server.worker.stills import write_spritesheet, write_thumbnail
 
-__all__ = ["run_job"]
-
-Frames = np.ndarray[Any, np.dtype[np.uint8]]
+__all__ = ["run_jobs"]
 
 logger = logging.getLogger(__name__)
 
 
-def run_job(runtime: WorkerRuntime, job_id: str) -> None:
-    """Make the video of a job, if it is still to be made and nobody else is at it."""
-    claim = runtime.repository.claim(job_id, worker=runtime.worker_id)
-    if claim is None:
-        logger.info("%s is not to be had: a second message, or it was cancelled", job_id)
-        return
-    note(**log_fields(claim.job))
+def run_jobs(runtime: WorkerRuntime) -> int:
+    """Make videos of waiting jobs until none waits, this worker is to stop, or its turn is over; returns how many.
+
+    While a batch is sampled the one before is encoded and stored, so at most two batches of clips are held.
+    """
     settings = runtime.settings
-    keeper = ClaimKeeper(
-        runtime.repository,
-        claim,
-        lease_s=settings.lease_s,
-        heartbeat_s=settings.heartbeat_s,
-        progress_interval_s=settings.progress_interval_s,
-        stopping=runtime.stopping,
-    )
-    try:
-        with keeper:
-            work = _make(runtime, claim, keeper)
-        if _settle(lambda: runtime.repository.succeed(job_id, claim.token, work)):
-            about = {name: round(getattr(work, name), 6) for name in ("sampling_s", "encode_s", "store_s")}
-            logger.info("%s is made", job_id, extra=about)
-        else:
-            _withdraw(runtime, claim, work.artifact)
-    except JobCanceled:
-        _settle(lambda: runtime.repository.finish_cancel(job_id, claim.token))
-        logger.info("%s was cancelled", job_id)
-    except ClaimLost:
-        logger.warning("%s belongs to another worker now", job_id)
-    except WorkerStopping:
-        _hand_back(runtime, claim)
-    except SQLAlchemyError as error:
-        # Nothing is wrong with the job, and what the table says of it now is unknown: its lease runs out.
-        logger.error("%s is left to the reaper: the job table cannot be written: %s", job_id, error)
-    except Exception as error:
-        code, message = _explain(error)
-        logger.exception("%s failed: %s", job_id, code)
-        _settle(lambda: runtime.repository.fail(job_id, claim.token, code=code, message=message))
-        _leave_if_broken(error)
+    until = time.monotonic() + settings.turn_s
+    taken = 0
+    more = False
+    with (
+        ClaimKeeper(
+            runtime.repository,
+            lease_s=settings.lease_s,
+            heartbeat_s=settings.heartbeat_s,
+            progress_interval_s=settings.progress_interval_s,
+            stopping=runtime.stopping,
+        ) as keeper,
+        Finisher(runtime, keeper) as finisher,
+    ):
+        while not runtime.stopping.is_set():
+            if time.monotonic() >= until:
+                more = True
+                break
+            claims = _claim(runtime)
+            if not claims:
+                break
+            taken += len(claims)
+            keeper.keep(claims)
+            if _is_suspect(claims[0]):
+                finisher.wait()  # nothing else is in this process while one runs that may have ended another
+            if not _run_batch(runtime, keeper, finisher, claims):
+                break
+            if _is_suspect(claims[0]):
+                finisher.wait()
+    if more:
+        _publish_hint(runtime)
+    return taken
 
 
-def _make(runtime: WorkerRuntime, claim: Claim, keeper: ClaimKeeper) -> FinishedWork:
-    job = claim.job
-    keeper.check()
+def _claim(runtime: WorkerRuntime) -> list[Claim]:
+    """The jobs to be sampled next, together; where several came lately, a short wait for more of their kind."""
+    settings = runtime.settings
+    claims = runtime.repository.claim_next(worker=runtime.worker_id, most=lambda job: _limit(runtime, job))
+    if not claims:
+        return []
+    first = claims[0].job
+    room = _limit(runtime, first) - len(claims)
+    is_alone = first.deterministic or first.source_id is not None or _is_suspect(claims[0])
+    now = time.monotonic()
+    is_busy = len(claims) > 1 or now - runtime.busy_at < 1.0
+    if len(claims) > 1:
+        runtime.busy_at = now
+    if room > 0 and not is_alone and is_busy and settings.batch_wait_ms > 0:
+        runtime.stopping.wait(settings.batch_wait_ms / 1000)
+        claims += runtime.repository.claim_alike(first, worker=runtime.worker_id, most=room)
+    return claims
+
+
+def _run_batch(runtime: WorkerRuntime, keeper: ClaimKeeper, finisher: Finisher, claims: Sequence[Claim]) -> bool:
+    """Sample jobs together and hand the clips on. When that fails, halves are tried, down to the one at fault.
+
+    Returns:
+        Whether this process can go on.
+    """
+    parts = deque([list(claims)])
+    while parts:
+        part = [claim for claim in parts.popleft() if not _is_over(runtime, keeper, claim)]
+        if not part:
+            continue
+        try:
+            _make(runtime, keeper, finisher, part)
+        except (JobCanceled, ClaimLost):
+            for claim in part:
+                _is_over(runtime, keeper, claim)
+        except WorkerStopping:
+            _hand_back(runtime, keeper, [*part, *[claim for rest in parts for claim in rest]])
+            return False
+        except SQLAlchemyError as error:
+            # Nothing is wrong with the jobs, and what the table says of them now is unknown: their leases run out.
+            logger.error("%s are left to the reaper: the job table cannot be read: %s", _names(part), error)
+            keeper.let_go(part)
+        except (CheckpointError, BackendError, StorageFullError) as error:  # of all of them, whoever was first
+            _fail(runtime, keeper, part, error)
+        except SoftTimeLimitExceeded as error:
+            if len(part) == 1:
+                _fail(runtime, keeper, part, error)
+            else:  # which of them takes so long shows when each runs alone
+                _hand_back(runtime, keeper, part, uses_attempt=True)
+            _hand_back(runtime, keeper, [claim for rest in parts for claim in rest])
+            return False
+        except Exception as error:
+            rest = [claim for other in parts for claim in other]
+            if _has_broken_the_device(error):
+                finisher.wait()
+                if len(part) == 1:
+                    _fail(runtime, keeper, part, error)
+                else:
+                    logger.exception("a batch of %d broke the device; its jobs run one by one now", len(part))
+                    _hand_back(runtime, keeper, part, uses_attempt=True)
+                _hand_back(runtime, keeper, rest)
+                logger.error("the GPU context is broken, this process ends")
+                logging.shutdown()
+                os._exit(70)
+            if _is_out_of_memory(error):
+                _free_memory()
+                if len(part) > 1:
+                    runtime.limits.lower(part[0].job.model, _shape(part[0].job), len(part) // 2)
+            if len(part) == 1:
+                _fail(runtime, keeper, part, error)
+                continue
+            logger.warning("a batch of %d failed and is tried in halves: %s", len(part), explain(error)[0])
+            middle = (len(part) + 1) // 2
+            parts.extendleft([part[middle:], part[:middle]])
+    return True
+
+
+def _make(runtime: WorkerRuntime, keeper: ClaimKeeper, finisher: Finisher, claims: list[Claim]) -> None:
+    """Sample jobs together and let the clips be finished; one that is made in pieces is encoded as they come."""
+    keeper.raise_if_stopping()
     if runtime.store.free_bytes() < runtime.settings.min_free_bytes:
         raise StorageFullError("too little free disk space to begin")
-    checkpoint, pipeline = runtime.pipeline(job.model)
-    keeper.check()  # loading it, where that had failed at the start, may have taken minutes
-    request = GenerationRequest(
+    checkpoint, pipeline = runtime.pipeline(claims[0].job.model)
+    requests = [_request(claim.job) for claim in claims]
+    keeper.raise_if_stopping()  # loading the model, where that had failed at the start, may have taken minutes
+
+    def on_step(steps_done: int, num_steps: int) -> None:
+        # of a clip in several windows, or a batch in several parts, these count all of them; the row counts one
+        keeper.on_step(claims, steps_done * requests[0].num_inference_steps // num_steps)
+
+    preview = PreviewWriter(runtime.repository, claims, interval_s=runtime.settings.preview_interval_s)
+    if not is_made_at_once(claims[0].job, checkpoint.manifest):
+        finisher.wait()
+        (claim,), (request,) = claims, requests
+        work = make_in_pieces(
+            runtime,
+            claim,
+            checkpoint,
+            pipeline,
+            request,
+            on_step=on_step,
+            check=lambda: keeper.check(claim),
+            preview=preview,
+        )
+        finisher.publish(claim, work)
+        return
+    began = time.monotonic()
+    frames = pipeline(requests, on_step=on_step, preview=preview)
+    finisher.submit(
+        SampledBatch(
+            checkpoint=checkpoint,
+            claims=claims,
+            requests=requests,
+            frames=frames,
+            sampling_s=time.monotonic() - began,
+        )
+    )
+
+
+def _is_suspect(claim: Claim) -> bool:
+    """Whether a worker was lost while it had this job; such a job is claimed alone."""
+    return claim.token - 1 > claim.job.handed_back
+
+
+def _request(job: JobRecord) -> GenerationRequest:
+    return GenerationRequest(
         label=job.label,
         seed=job.seed,
         num_frames=job.num_frames,
@@ -102,129 +208,91 @@ def _make(runtime: WorkerRuntime, claim: Claim, keeper: ClaimKeeper) -> Finished
         prefix_frames=job.prefix_frames,
         strength=job.strength,
     )
-    preview = PreviewWriter(runtime.repository, [claim], interval_s=runtime.settings.preview_interval_s)
-    if not is_made_at_once(job, checkpoint.manifest):
-        return make_in_pieces(
-            runtime,
-            claim,
-            checkpoint,
-            pipeline,
-            request,
-            on_step=keeper.on_step,
-            check=keeper.check,
-            preview=preview,
-        )
-    began = time.monotonic()
-    frames = pipeline([request], on_step=keeper.on_step, preview=preview)[0]
-    sampled = time.monotonic()
-    keeper.check()
-    metadata = clip_metadata(request, model=checkpoint.name, model_sha256=checkpoint.sha256)
-    store_began = time.monotonic()
+
+
+def _limit(runtime: WorkerRuntime, job: JobRecord) -> int:
+    """How many clips may be sampled together with this one, itself included."""
+    if job.num_frames > runtime.window(job.model):  # made in pieces
+        return 1
+    return runtime.limits.of(job.model, _shape(job))
+
+
+def _shape(job: JobRecord) -> tuple[object, ...]:
+    """What the memory that a batch of a model needs depends on."""
+    return (job.num_frames, job.height, job.width, job.guidance_scale != 1)
+
+
+def _is_over(runtime: WorkerRuntime, keeper: ClaimKeeper, claim: Claim) -> bool:
+    """Whether a job is not to go on; then it is settled."""
+    end = keeper.end_of(claim)
+    if end is None:
+        return False
+    close_canceled(runtime, keeper, claim, end)
+    return True
+
+
+def _fail(runtime: WorkerRuntime, keeper: ClaimKeeper, claims: Sequence[Claim], error: Exception) -> None:
+    code, message = explain(error)
+    logger.error("%s failed: %s", _names(claims), code, exc_info=error)
+    for claim in claims:
+        try:
+            settle(partial(runtime.repository.fail, claim.job.id, claim.token, code=code, message=message))
+        except SQLAlchemyError as problem:
+            logger.error("%s is left to the reaper: the job table cannot be written: %s", claim.job.id, problem)
+    keeper.let_go(claims)
+
+
+def _hand_back(
+    runtime: WorkerRuntime, keeper: ClaimKeeper, claims: Sequence[Claim], *, uses_attempt: bool = False
+) -> None:
+    """Let other workers, or this one later, have jobs at once."""
+    if not claims:
+        return
+    keys = [(claim.job.id, claim.token) for claim in claims]
     try:
-        stored, encode_s = _store(runtime, claim, frames, metadata)
-    except BaseException:
-        with suppress(OSError):  # the reaper removes what stays
-            runtime.store.remove_attempt(job.id, claim.token)
-        raise
-    video = stored[Variant.VIDEO]
-    return FinishedWork(
-        artifact=video.name,
-        size_bytes=video.size_bytes,
-        sha256=video.sha256,
-        thumbnail_sha256=stored[Variant.THUMBNAIL].sha256,
-        spritesheet_sha256=stored[Variant.SPRITESHEET].sha256,
-        sampling_s=sampled - began,
-        encode_s=encode_s,
-        store_s=time.monotonic() - store_began - encode_s,
-    )
-
-
-def _store(
-    runtime: WorkerRuntime, claim: Claim, frames: Frames, metadata: Mapping[str, str]
-) -> tuple[dict[Variant, ArtifactInfo], float]:
-    """Write all files of a clip; returns what was written, and the seconds that encoding took."""
-    job = claim.job
-    encode_s = 0.0
-
-    def write(variant: Variant, path: Path) -> None:
-        nonlocal encode_s
-        began = time.monotonic()
-        if variant is Variant.VIDEO:
-            write_mp4(path, frames, fps=job.fps, metadata=metadata)
-        elif variant is Variant.THUMBNAIL:
-            write_thumbnail(path, frames, metadata=metadata)
-        else:
-            write_spritesheet(path, frames, metadata=metadata)
-        encode_s += time.monotonic() - began
-
-    stored = {variant: write_checked(runtime, claim, variant, partial(write, variant)) for variant in MADE_OF_FRAMES}
-    write_origin(runtime, claim, metadata, stored)
-    return stored, encode_s
-
-
-def _withdraw(runtime: WorkerRuntime, claim: Claim, artifact: str) -> None:
-    """The result was not taken: remove its files, unless it was taken after all and only the answer was lost."""
-    published, _ = runtime.repository.referenced([claim.job.id]).get(claim.job.id, (None, None))
-    if published == artifact:
+        done = settle(lambda: runtime.repository.hand_back_all(keys, uses_attempt=uses_attempt))
+        for claim in claims:
+            if claim.job.id not in done:
+                settle(partial(runtime.repository.finish_cancel, claim.job.id, claim.token))
+    except SQLAlchemyError as error:
+        logger.error("%s are left to the reaper: the job table cannot be written: %s", _names(claims), error)
         return
-    runtime.store.remove_attempt(claim.job.id, claim.token)
-    _settle(lambda: runtime.repository.finish_cancel(claim.job.id, claim.token))
-    logger.warning("the result of %s was not wanted any more", claim.job.id)
+    finally:
+        keeper.let_go(claims)
+    if done:
+        logger.info("%s: handed back", ", ".join(sorted(done)))
+        _publish_hint(runtime, sorted(done))
 
 
-def _hand_back(runtime: WorkerRuntime, claim: Claim) -> None:
-    job_id = claim.job.id
-    if not _settle(lambda: runtime.repository.hand_back(job_id, claim.token)):
-        _settle(lambda: runtime.repository.finish_cancel(job_id, claim.token))
-        return
-    logger.info("%s is handed back: this worker stops", job_id)
+def _publish_hint(runtime: WorkerRuntime, job_ids: Sequence[str] = ()) -> None:
+    """Tell workers that jobs wait. Where that fails the reaper will."""
     queue = JobQueue(runtime.settings.broker_address())
     try:
-        queue.publish(job_id, claim.token)
-        runtime.repository.mark_published([job_id])
+        queue.publish(job_ids[0] if job_ids else runtime.worker_id, 0)
+        runtime.repository.mark_published(job_ids)
     except (QueueError, SQLAlchemyError) as error:
-        logger.info("the reaper will publish %s: %s", job_id, error)
+        logger.info("the reaper will tell of waiting jobs: %s", error)
     finally:
         queue.close()
 
 
-def _settle(action: Callable[[], bool]) -> bool:
-    """Try a last write on a job a few times: losing it would mean to do the whole job again."""
-    for pause_s in (0.2, 1.0, 3.0):
-        try:
-            return action()
-        except SQLAlchemyError as error:
-            logger.warning("the job table cannot be written: %s", error)
-            time.sleep(pause_s)
-    return action()
+def _names(claims: Sequence[Claim]) -> str:
+    return ", ".join(claim.job.id for claim in claims)
 
 
-def _explain(error: Exception) -> tuple[str, str]:
-    """(code, message) for the client. Messages of foreign errors may hold paths and stay in the log."""
-    if isinstance(error, StorageFullError):
-        return "storage_full", "There was no room to store the video."
-    if isinstance(error, SourceError):
-        return "source_invalid", str(error)
-    if isinstance(error, CheckpointError):
-        return "checkpoint_invalid", f"The model cannot be used: {without_folders(str(error))}"
-    if isinstance(error, BackendError):
-        return "device_unavailable", without_folders(str(error))
-    if isinstance(error, SoftTimeLimitExceeded):
-        return "time_limit_exceeded", "The video took longer than a job may take."
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return "out_of_memory", "The device has too little free memory for this video."
-    if isinstance(error, MedsoraError):
-        return "generation_failed", f"The video could not be made: {without_folders(str(error))}"
-    return "generation_failed", f"The video could not be made: {type(error).__name__}."
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
-def _leave_if_broken(error: Exception) -> None:
-    """End the process after an error that leaves the GPU context unusable; the pool starts a new one."""
-    if type(error).__name__ == "OutOfMemoryError":
-        import torch
+def _free_memory() -> None:
+    import torch
 
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    elif "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError":
-        logger.error("the GPU context is broken, this process ends")
-        logging.shutdown()
-        os._exit(70)
+
+
+def _has_broken_the_device(error: Exception) -> bool:
+    """Whether an error leaves the GPU context unusable, so that only a new process can go on."""
+    if _is_out_of_memory(error):
+        return False
+    return "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError"

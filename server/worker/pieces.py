@@ -104,10 +104,10 @@ def make_in_pieces(
     )
     stills = StillFrames(job.num_frames)
     began = time.monotonic()
-    encode_s = 0.0
+    made, encode_s = began, 0.0
 
     def write(path: Path) -> None:
-        nonlocal encode_s
+        nonlocal made, encode_s
         options: dict[str, Any] = {"size": (job.width, job.height), "fps": job.fps, "metadata": metadata}
         with (
             runtime.store.live_path(job.id, claim.token).open("wb", buffering=0) as live,
@@ -121,28 +121,29 @@ def make_in_pieces(
                 stills.add(piece)
                 encode_s += time.monotonic() - piece_began
         check()
+        made = time.monotonic()
 
     try:
-        video = write_checked(runtime, claim, Variant.VIDEO, write)
-        made = time.monotonic()
-        thumbnail = write_checked(
-            runtime, claim, Variant.THUMBNAIL, lambda path: write_thumbnail(path, stills.thumbnail, metadata=metadata)
+        stored = write_checked(
+            runtime,
+            claim,
+            {
+                Variant.VIDEO: write,
+                Variant.THUMBNAIL: lambda path: write_thumbnail(path, stills.thumbnail, metadata=metadata),
+                Variant.SPRITESHEET: lambda path: write_spritesheet(path, stills.sheet, metadata=metadata),
+            },
         )
-        sheet = write_checked(
-            runtime, claim, Variant.SPRITESHEET, lambda path: write_spritesheet(path, stills.sheet, metadata=metadata)
-        )
-        stored = {Variant.VIDEO: video, Variant.THUMBNAIL: thumbnail, Variant.SPRITESHEET: sheet}
         write_origin(runtime, claim, metadata, stored)
     except BaseException:
         with suppress(OSError):  # the reaper removes what stays
             runtime.store.remove_attempt(job.id, claim.token)
         raise
     return FinishedWork(
-        artifact=video.name,
-        size_bytes=video.size_bytes,
-        sha256=video.sha256,
-        thumbnail_sha256=thumbnail.sha256,
-        spritesheet_sha256=sheet.sha256,
+        artifact=stored[Variant.VIDEO].name,
+        size_bytes=stored[Variant.VIDEO].size_bytes,
+        sha256=stored[Variant.VIDEO].sha256,
+        thumbnail_sha256=stored[Variant.THUMBNAIL].sha256,
+        spritesheet_sha256=stored[Variant.SPRITESHEET].sha256,
         sampling_s=made - began - encode_s,
         encode_s=encode_s,
         store_s=time.monotonic() - made,

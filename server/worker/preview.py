@@ -49,9 +49,10 @@ class PreviewWriter:
             return False
         self._next_look, self._next_step = now + self._interval_s, self._step + _LEAST_STEPS
         try:
-            self._wanted = [self._repository.preview_wanted(claim.job.id) for claim in self._claims]
+            wanted = self._repository.previews_wanted([claim.job.id for claim in self._claims])
         except SQLAlchemyError:
             return False  # the next renewal of the lease finds out what is wrong
+        self._wanted = [claim.job.id in wanted for claim in self._claims]
         return any(self._wanted)
 
     def show(self, first: int, pictures: Sequence[Picture]) -> None:

@@ -1,8 +1,10 @@
-"""The live end of a claim: renews the lease, writes progress, and stops the sampler when it must stop."""
+"""The live end of claims: renews the leases, writes progress, and knows which jobs must not go on."""
 
 import logging
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -28,40 +30,49 @@ class WorkerStopping(GenerationCanceled):
     """This worker has been told to stop; the job is for another one."""
 
 
-class ClaimKeeper:
-    """Context manager around the work on one claimed job.
+@dataclass
+class _Kept:
+    """What is known of a claim. The steady clock of this process measures only its own silence."""
 
-    A thread renews the lease while a step takes long; :meth:`on_step` does so between steps.
+    claim: Claim
+    renewed_at: float = field(default_factory=time.monotonic)
+    steps_done: int = 0
+    is_lost: bool = False
+    is_canceled: bool = False
+
+
+class ClaimKeeper:
+    """Context manager around the work on claimed jobs: those being sampled, and those being stored.
+
+    One thread renews all their leases in one transaction: at every step that was reported, but not more often than
+    ``progress_interval_s``, and else at every heartbeat. The sampler never waits for the database.
 
     Args:
-        lease_s: Seconds that the claim lasts without renewal.
-        heartbeat_s: Seconds between renewals by the thread.
-        progress_interval_s: Least seconds between two renewals by :meth:`on_step`.
+        lease_s: Seconds that a claim lasts without renewal.
+        heartbeat_s: Seconds between renewals.
+        progress_interval_s: Least seconds between two renewals because of progress.
         stopping: Set when this worker is to stop.
     """
 
     def __init__(
         self,
         repository: JobRepository,
-        claim: Claim,
         *,
         lease_s: float,
         heartbeat_s: float,
         progress_interval_s: float,
         stopping: threading.Event,
     ) -> None:
-        self._repository, self._claim = repository, claim
+        self._repository = repository
         self._lease_s, self._heartbeat_s = lease_s, heartbeat_s
         self._progress_interval_s = progress_interval_s
         self._stopping = stopping
-        self._steps_done = 0
-        self._canceled = False
-        self._lost = False
-        # The steady clock of this process measures only its own silence; leases are the database's to judge.
-        self._renewed_at = time.monotonic()
+        self._kept: dict[str, _Kept] = {}
+        self._has_progress = False
+        self._is_closed = False
         self._announced_at = 0.0
-        self._lock = threading.Lock()
-        self._closed = threading.Event()
+        self._changed = threading.Condition()
+        self._renewing = threading.Lock()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
 
     def __enter__(self) -> "ClaimKeeper":
@@ -71,58 +82,103 @@ class ClaimKeeper:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._closed.set()
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
         self._thread.join()
 
-    def on_step(self, steps_done: int, num_steps: int) -> None:
-        """Callback of the sampler. Of a clip in several windows ``num_steps`` counts those of all.
+    def keep(self, claims: Sequence[Claim]) -> None:
+        """Begin to renew these."""
+        with self._changed:
+            self._kept |= {claim.job.id: _Kept(claim) for claim in claims}
+
+    def let_go(self, claims: Sequence[Claim]) -> None:
+        """Renew these no more: they are settled, or somebody else's."""
+        with self._changed:
+            for claim in claims:
+                self._kept.pop(claim.job.id, None)
+
+    def on_step(self, claims: Sequence[Claim], steps_done: int) -> None:
+        """Note the progress of jobs that are sampled together; it is written soon.
 
         Raises:
-            JobCanceled, ClaimLost, WorkerStopping: The sampler must stop now.
+            WorkerStopping: The sampler must stop now.
+            JobCanceled, ClaimLost: So it must, for none of these jobs is to go on.
         """
-        # the row counts those of one window
-        self._steps_done = steps_done * self._claim.job.num_inference_steps // num_steps
-        if steps_done == 1 or time.monotonic() - self._renewed_at >= self._progress_interval_s:
-            # Those who follow the job look a few times a second: they need not be told of every step.
-            announce = steps_done == num_steps or time.monotonic() - self._announced_at >= _ANNOUNCE_EVERY_S
-            if announce:
-                self._announced_at = time.monotonic()
-            self._renew(announce=announce)
-        self._raise_if_over()
+        with self._changed:
+            for claim in claims:
+                if claim.job.id in self._kept:
+                    self._kept[claim.job.id].steps_done = steps_done
+            self._has_progress = True
+            self._changed.notify()
+        self.raise_if_stopping()
+        ends = [self.end_of(claim) for claim in claims]
+        if all(end is not None for end in ends) and ends[0] is not None:
+            raise ends[0]
 
-    def check(self) -> None:
-        """Ask the database whether the job is still ours and wanted.
+    def check(self, claim: Claim) -> None:
+        """Ask the database whether a job is still ours and wanted.
 
         Raises:
             JobCanceled, ClaimLost, WorkerStopping: It is not.
         """
-        self._renew()
-        self._raise_if_over()
+        self.renew()
+        end = self.end_of(claim)
+        if end is not None:
+            raise end
+        self.raise_if_stopping()
 
-    def _raise_if_over(self) -> None:
-        if self._lost:
-            raise ClaimLost(f"the claim on {self._claim.job.id} is lost")
-        if self._canceled:
-            raise JobCanceled(f"{self._claim.job.id} was cancelled")
+    def raise_if_stopping(self) -> None:
+        """Raise WorkerStopping when this worker is to stop."""
         if self._stopping.is_set():
             raise WorkerStopping("the worker is stopping")
 
-    def _beat(self) -> None:
-        while not self._closed.wait(self._heartbeat_s):
-            if time.monotonic() - self._renewed_at >= self._heartbeat_s / 2:
-                self._renew()
+    def end_of(self, claim: Claim) -> JobCanceled | ClaimLost | None:
+        """Why a job is not to go on, as far as is known; None: it is."""
+        kept = self._kept.get(claim.job.id)
+        if kept is None or kept.is_lost:
+            return ClaimLost(f"the claim on {claim.job.id} is lost")
+        if kept.is_canceled:
+            return JobCanceled(f"{claim.job.id} was cancelled")
+        return None
 
-    def _renew(self, *, announce: bool = False) -> None:
-        with self._lock:
-            began = time.monotonic()
-            try:
-                answer = self._repository.renew(
-                    self._claim.job.id, self._claim.token, steps_done=self._steps_done, announce=announce
-                )
-            except SQLAlchemyError as error:
-                logger.warning("the lease of %s could not be renewed: %s", self._claim.job.id, error)
-                self._lost = self._lost or began - self._renewed_at > self._lease_s
+    def renew(self) -> None:
+        """Ask the database now whether the jobs are still ours and wanted, and write their progress."""
+        with self._renewing:
+            with self._changed:
+                kept = [one for one in self._kept.values() if not one.is_lost]
+                progress = {(one.claim.job.id, one.claim.token): one.steps_done for one in kept}
+                announce = self._has_progress and time.monotonic() - self._announced_at >= _ANNOUNCE_EVERY_S
+                self._has_progress = False
+            if not progress:
                 return
-            self._renewed_at = began
-            self._lost = self._lost or answer is None
-            self._canceled = self._canceled or answer is True
+            began = time.monotonic()
+            if announce:
+                self._announced_at = began
+            try:
+                answers = self._repository.renew_all(progress, announce=announce)
+            except SQLAlchemyError as error:
+                logger.warning("the leases of %d jobs could not be renewed: %s", len(kept), error)
+                for one in kept:
+                    one.is_lost = one.is_lost or began - one.renewed_at > self._lease_s
+                return
+            for one in kept:
+                one.renewed_at = began
+                one.is_canceled = one.is_canceled or answers.get(one.claim.job.id, False)
+                one.is_lost = one.claim.job.id not in answers
+
+    def _beat(self) -> None:
+        renewed_at = time.monotonic()
+        while True:
+            with self._changed:
+                if not self._has_progress and not self._is_closed:
+                    self._changed.wait(max(0.0, renewed_at + self._heartbeat_s - time.monotonic()))
+                is_due = self._has_progress or time.monotonic() - renewed_at >= self._heartbeat_s
+                rest_s = renewed_at + self._progress_interval_s - time.monotonic()
+                if self._has_progress and rest_s > 0 and not self._is_closed:
+                    self._changed.wait_for(lambda: self._is_closed, rest_s)
+                if self._is_closed:
+                    return
+            if is_due:
+                renewed_at = time.monotonic()
+                self.renew()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import medsora
@@ -20,18 +21,22 @@ MADE_OF_FRAMES = (Variant.VIDEO, Variant.THUMBNAIL, Variant.SPRITESHEET)
 
 
 def write_checked(
-    runtime: WorkerRuntime, claim: Claim, variant: Variant, write: Callable[[Path], None]
-) -> ArtifactInfo:
-    """Write a file of a clip, and read it back before it is published: whole, and saying that it is synthetic."""
-    job = claim.job
-    signer = signer_of(runtime.settings) if variant in MADE_OF_FRAMES else None
+    runtime: WorkerRuntime, claim: Claim, files: Mapping[Variant, Callable[[Path], None]]
+) -> dict[Variant, ArtifactInfo]:
+    """Write files of a clip, and read them back before they are published: whole, and saying that they are synthetic.
 
-    def write_signed(path: Path) -> None:
-        write(path)
+    Args:
+        files: Of each variant what writes it.
+    """
+    job = claim.job
+    signer = signer_of(runtime.settings) if set(files) & set(MADE_OF_FRAMES) else None
+
+    def write_signed(variant: Variant, path: Path) -> None:
+        files[variant](path)
         if signer is not None:
             sign_file(path, signer, title=f"Synthetic {variant.value} {job.id}")
 
-    def check(path: Path) -> None:
+    def check(variant: Variant, path: Path) -> None:
         if variant in (Variant.THUMBNAIL, Variant.SPRITESHEET):
             read_size(path)
         elif variant is Variant.VIDEO:
@@ -43,7 +48,9 @@ def write_checked(
             check_signature(path)
 
     try:
-        return runtime.store.write(job.id, claim.token, write_signed, check, variant=variant)
+        return runtime.store.write_all(
+            job.id, claim.token, {variant: (partial(write_signed, variant), partial(check, variant)) for variant in files}
+        )
     except VideoError as error:
         # Some writers notice a full disk only by a file that is cut off.
         if runtime.store.free_bytes() < job.num_frames * job.height * job.width * 3:
@@ -76,4 +83,4 @@ def write_origin(
     def write(path: Path) -> None:
         path.write_text(text)
 
-    write_checked(runtime, claim, Variant.PROVENANCE, write)
+    write_checked(runtime, claim, {Variant.PROVENANCE: write})

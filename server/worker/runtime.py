@@ -33,6 +33,7 @@ from server.jobs.workers import WorkerRegistry
 from server.settings import Settings
 from server.sources.repository import SourceRepository
 from server.storage import ArtifactStore
+from server.worker.batch_limits import BatchLimits, best_size
 
 if TYPE_CHECKING:
     from medsora.pipeline import VideoPipeline
@@ -43,6 +44,8 @@ STOP_SIGNAL = signal.SIGUSR2
 """Sent by the worker to its sampling processes when it begins to stop."""
 
 logger = logging.getLogger(__name__)
+_SIZES = {"cpu": (1, 2, 4, 8), "cuda": (1, 4, 16, 64)}
+"""Sizes of batches to choose from where the settings name none."""
 _STARTING = "The worker is starting: it loads, compiles and warms up its models."
 
 
@@ -70,6 +73,9 @@ class WorkerRuntime:
         self._warm_up_s: dict[str, dict[str, float]] = {}
         self._problem: str | None = _STARTING
         self._device = settings.device
+        self.limits = BatchLimits(max(settings.batch_sizes or _SIZES["cpu"]))
+        self.busy_at = -math.inf
+        """On the steady clock: when several jobs that are alike last waited together."""
         self._ended = threading.Event()
         self._start_by = math.inf
         """On the steady clock: when this process gives its start up."""
@@ -128,12 +134,18 @@ class WorkerRuntime:
             self._problem = None
         return self._pipelines[model]
 
+    def window(self, model: str) -> int:
+        """Frames that a loaded model samples at once, and so the length up to which its clips share batches."""
+        loaded = self._pipelines.get(model)
+        return 0 if loaded is None else loaded[0].manifest.limits.window
+
     def _load(self, checkpoint: ServedCheckpoint, compiled: str) -> None:
         import torch
 
-        from medsora.pipeline import VideoPipeline
+        from medsora.pipeline import VideoPipeline, device_named
 
         settings = self.settings
+        sizes = settings.batch_sizes or _SIZES[device_named(settings.device).type]
         if settings.worker_processes > 1:
             # Each process would otherwise start a thread for every core.
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.worker_processes))
@@ -144,8 +156,9 @@ class WorkerRuntime:
             dtype=settings.dtype,
             backend=settings.backend,
             compiled=compiled,
-            batch_sizes=settings.batch_sizes,
+            batch_sizes=sizes,
         )
+        self.limits.set_best(checkpoint.name, max(sizes))
         self._device = str(pipeline.device)
         how = f"on {self._device} ({'compiled' if pipeline.is_compiled else 'not compiled'})"
         logger.info("model %s is loaded %s after %.1f s", checkpoint.name, how, time.monotonic() - began)
@@ -181,6 +194,8 @@ class WorkerRuntime:
                 self._may_interrupt = True
                 seconds = pipeline.warm_up(requests)
                 _warm_up_encoder(requests[0], pipeline.manifest.limits.fps)
+                if not settings.batch_sizes:
+                    self._choose_batch_size(name, pipeline, requests[0])
             finally:
                 self._may_interrupt = False
         except (Exception, _Interrupted) as error:  # compilers and drivers raise classes of every kind
@@ -192,7 +207,7 @@ class WorkerRuntime:
             logger.exception("the warm-up of model %s failed", name)
             reason = (str(error) or type(error).__name__).splitlines()[0]
             if pipeline.is_compiled:
-                sizes = ",".join(map(str, settings.batch_sizes))
+                sizes = ",".join(map(str, pipeline.batch_sizes))
                 reason += (
                     f"; fewer or smaller MEDSORA_BATCH_SIZES (now {sizes}) need less memory, "
                     "MEDSORA_COMPILED=off needs no compiler"
@@ -201,6 +216,22 @@ class WorkerRuntime:
         self._warm_up_s = {**self._warm_up_s, name: {str(size): passed for size, passed in seconds.items()}}
         times = ", ".join(f"{passed:.1f} s at batch {size}" for size, passed in seconds.items())
         logger.info("model %s is warmed up: %s", name, times)
+
+    def _choose_batch_size(self, name: str, pipeline: "VideoPipeline", request: GenerationRequest) -> None:
+        """Measure which of the sizes pays, with few steps."""
+        few_steps = replace(request, num_inference_steps=2)
+
+        def seconds_of(size: int) -> float:
+            measured = []
+            for _ in range(2):
+                began = time.perf_counter()
+                pipeline([few_steps] * size)
+                measured.append(time.perf_counter() - began)
+            return min(measured)
+
+        best = best_size(pipeline.batch_sizes, seconds_of)
+        self.limits.set_best(name, best)
+        logger.info("model %s is sampled in batches of up to %d", name, best)
 
     def _on_stop_signal(self, *_: object) -> None:
         self.stopping.set()

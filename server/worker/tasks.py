@@ -18,7 +18,6 @@ from celery.signals import (
 )
 
 from server.jobs.queue import TASK_NAME
-from server.logs import bound
 from server.settings import get_settings
 from server.worker.celery_app import child_process_ids, configure_worker_logging
 from server.worker.runtime import STOP_SIGNAL, WorkerRuntime
@@ -32,11 +31,11 @@ _worker: Any = None  # Celery's worker object, in the parent process only
 
 
 def _generate_video(job_id: str) -> None:
-    """Make the video of a job. Harmless to run twice, or for a job that is gone."""
-    from server.worker.generation import run_job
+    """Make videos of waiting jobs; the id only says that there is work. Harmless to run twice, or for nothing."""
+    from server.worker.generation import run_jobs
 
-    with bound(job_id=job_id):
-        run_job(_get_runtime(), job_id)
+    if not run_jobs(_get_runtime()):
+        logger.debug("no job waits any more: another worker has taken %s, or it was cancelled", job_id)
 
 
 generate_video = shared_task(name=TASK_NAME)(_generate_video)

@@ -51,6 +51,11 @@ def wait_until(condition: Callable[[], T], *, timeout_s: float, what: str | Call
         time.sleep(0.02)
 
 
+def _thread_states(pid: int) -> list[str]:
+    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return [stat.rpartition(")")[2].split()[0] for stat in stats]
+
+
 class RunningServer:
     """A server and ways to look at it and to hurt it.
 
@@ -189,6 +194,8 @@ class RunningServer:
         """Stop a sampling process, but not in the middle of a write: SQLite's lock would be frozen with it."""
         while True:
             os.kill(pid, signal.SIGSTOP)
+            # One thread hears the signal, and the others go on until it has had its turn.
+            wait_until(lambda: set(_thread_states(pid)) == {"T"}, timeout_s=10, what="the stop of all threads")
             probe = sqlite3.connect(self.data_dir / "medsora.db", timeout=0.1, isolation_level=None)
             try:
                 probe.execute("BEGIN IMMEDIATE")

@@ -87,7 +87,7 @@ def test_previews_only_for_those_who_ask(client: TestClient, ended: str) -> None
     assert [event["event"] for event in plain] == ["video.queued", "video.started", "video.deleted"]
     shown = parse(client.get(f"/v1/videos/{job_id}/events", params={"preview": "true"}).text)
     assert [event["event"] for event in shown] == ["video.queued", "video.started", "video.preview", "video.deleted"]
-    assert repository.preview_wanted(job_id)
+    assert repository.previews_wanted([job_id])
 
 
 @pytest.mark.parametrize("place", ["-1", "x", "1.5", "9" * 19, "\u0661"])

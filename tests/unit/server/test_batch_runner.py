@@ -48,6 +48,11 @@ class SilentQueue:
             raise QueueError("down")
         self.published.append(job_id)
 
+    def publish_hints(self, jobs: Sequence[tuple[str, int]]) -> None:
+        """Remember all ids."""
+        for job_id, attempt in jobs:
+            self.publish(job_id, attempt)
+
 
 class Bench:
     """A client, a runner and hands that do what workers do, on one data folder."""

@@ -23,8 +23,8 @@ def test_settings_that_keep_jobs() -> None:
         "worker_pool": "prefork",
         "worker_pool_start_method": "spawn",
         "worker_proc_alive_timeout": 960,
-        "task_soft_time_limit": 900,
-        "task_time_limit": 1000,
+        "task_soft_time_limit": 960,  # and 60 s in which batches may begin
+        "task_time_limit": 1060,
         "worker_cancel_long_running_tasks_on_connection_loss": False,
         "worker_soft_shutdown_timeout": 60,
         "worker_enable_soft_shutdown_on_idle": True,

@@ -84,13 +84,13 @@ def test_previews_are_made_only_for_somebody(log: EventLog, repository: JobRepos
     mine, others = add_job(), add_job(tenant="other")
     for job_id in (mine, others):
         repository.claim(job_id, worker="w")
-        assert not repository.preview_wanted(job_id)
+        assert not repository.previews_wanted([job_id])
     repository.want_previews([mine], [], for_s=10.0)
-    assert (repository.preview_wanted(mine), repository.preview_wanted(others)) == (True, False)
+    assert (bool(repository.previews_wanted([mine])), bool(repository.previews_wanted([others]))) == (True, False)
     repository.want_previews([], ["other"], for_s=10.0)
-    assert repository.preview_wanted(others)
+    assert repository.previews_wanted([others])
     repository.want_previews([mine], [], for_s=-1.0)
-    assert not repository.preview_wanted(mine)
+    assert not repository.previews_wanted([mine])
     for step in (1, 2):
         repository.show_preview(others, 1, b"webp%d" % step, steps_done=step)
     (preview,) = [event for event in log.after(0, limit=9, subject=others) if event.kind == "video.preview"]

@@ -132,8 +132,8 @@ def test_previews_are_asked_for_while_somebody_looks(run: Run, repository: JobRe
         seen, unseen = add_job(), add_job()
         await follower.subscribe(tenant="default", subject=unseen, previews=False)
         await follower.subscribe(tenant="default", subject=seen, previews=True)
-        assert repository.preview_wanted(seen)
-        assert not repository.preview_wanted(unseen)
+        assert repository.previews_wanted([seen])
+        assert not repository.previews_wanted([unseen])
 
     run(test)
 

@@ -2,10 +2,12 @@
 
 import errno
 import json
+import math
 import resource
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,13 +24,18 @@ from sqlalchemy.exc import OperationalError
 from medsora.errors import BackendError, CheckpointError, VideoError
 from medsora.files import sha256_of
 from medsora.provenance import SYNTHETIC_NOTE
+from medsora.request import GenerationRequest
 from medsora.video_io import probe_video
 from server.checkpoints import Catalogue
+from server.jobs.database import Database
 from server.jobs.model import JobStatus
 from server.jobs.repository import JobRecord, JobRepository
+from server.jobs.measures import BATCH_SIZE
+from server.measures import read_measures
 from server.settings import Settings
 from server.storage import ArtifactStore, Variant
-from server.worker.generation import run_job
+from server.worker.batch_limits import BatchLimits
+from server.worker.generation import run_jobs
 from server.worker.runtime import WorkerRuntime
 from server.worker.signing import check_signature
 
@@ -36,28 +43,35 @@ AddJob = Callable[..., str]
 
 
 class FakePipeline:
-    """Takes four steps and returns a grey clip; ``at_step`` may interfere."""
+    """Takes its steps and returns grey clips; ``at_step`` may interfere, ``at_batch`` refuse a batch."""
 
     def __init__(self) -> None:
         self.at_step: Callable[[int], None] = lambda step: None
+        self.at_batch: Callable[[list[GenerationRequest]], None] = lambda requests: None
+        self.batches: list[list[int]] = []
         self.steps = 0
 
     def __call__(self, requests: Any, *, on_step: Callable[[int, int], None], preview: Any) -> list[Any]:
-        (request,) = requests
+        request = requests[0]
+        assert len({one.shape_key for one in requests}) == 1
+        self.batches.append([one.seed for one in requests])
+        self.at_batch(requests)
         for step in range(1, request.num_inference_steps + 1):
             self.steps = step
             is_wanted = preview.wanted()
             self.at_step(step)
             if is_wanted:
-                preview.show(0, [np.full((request.height, request.width, 3), step, dtype=np.uint8)])
+                preview.show(0, [np.full((request.height, request.width, 3), step, dtype=np.uint8)] * len(requests))
             on_step(step, request.num_inference_steps)
-        return [np.full((request.num_frames, request.height, request.width, 3), 128, dtype=np.uint8)]
+            time.sleep(0.002 if request.num_inference_steps > 10 else 0)
+        grey = np.full((request.num_frames, request.height, request.width, 3), 128, dtype=np.uint8)
+        return [grey.copy() for _ in requests]
 
 
 class Bench:
     """A worker's runtime around the fake model."""
 
-    def __init__(self, folder: Path, repository: JobRepository, checkpoint: Path) -> None:
+    def __init__(self, folder: Path, repository: JobRepository, checkpoint: Path, most: int = 4) -> None:
         self.model = FakePipeline()
         self.repository = repository
         self.store = ArtifactStore(folder / "artifacts")
@@ -74,11 +88,14 @@ class Bench:
                 store=self.store,
                 stopping=self.stopping,
                 pipeline=lambda name: (served, self.model),
+                limits=BatchLimits(most),
+                window=lambda name: 16,
+                busy_at=-math.inf,
             ),
         )
 
     def run(self, job_id: str) -> JobRecord:
-        run_job(self.runtime, job_id)
+        run_jobs(self.runtime)
         job = self.repository.get(job_id)
         assert job is not None
         return job
@@ -139,12 +156,12 @@ def test_stills_are_made_with_the_video_and_say_what_they_are(bench: Bench, add_
 def test_still_that_cannot_be_made_fails_the_job_and_leaves_nothing(
     bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import server.worker.generation as generation
+    import server.worker.finishing as finishing
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(generation, "write_spritesheet", full)
+    monkeypatch.setattr(finishing, "write_spritesheet", full)
     job = bench.run(add_job())
     assert (job.status, job.error_code) == (JobStatus.FAILED, "storage_full")
     assert bench.files() == []
@@ -155,29 +172,29 @@ def test_second_message_does_nothing(bench: Bench, add_job: AddJob) -> None:
     bench.model.steps = 0
     assert bench.run(done.id) == done
     assert bench.model.steps == 0
-    run_job(bench.runtime, "video_" + "0" * 32)
+    assert run_jobs(bench.runtime) == 0
 
 
 def test_canceled_job_stops_at_the_next_step_and_leaves_nothing(bench: Bench, add_job: AddJob) -> None:
-    job_id = add_job()
+    job_id = add_job(num_inference_steps=1000)
     bench.model.at_step = lambda step: bench.repository.request_cancel(job_id) and None if step == 2 else None
     job = bench.run(job_id)
     assert (job.status, job.error_code) == (JobStatus.CANCELED, "cancelled")
-    assert bench.model.steps == 2
+    assert bench.model.steps < 1000
     assert bench.files() == []
 
 
 def test_cancellation_while_encoding_wins(bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    import server.worker.generation as generation
+    import server.worker.finishing as finishing
 
     job_id = add_job()
-    write = generation.write_mp4
+    write = finishing.write_mp4
 
     def slow_write(*args: Any, **kwargs: Any) -> None:
         write(*args, **kwargs)
         bench.repository.request_cancel(job_id)
 
-    monkeypatch.setattr(generation, "write_mp4", slow_write)
+    monkeypatch.setattr(finishing, "write_mp4", slow_write)
     assert bench.run(job_id).status is JobStatus.CANCELED
     assert bench.files() == []
 
@@ -185,18 +202,18 @@ def test_cancellation_while_encoding_wins(bench: Bench, add_job: AddJob, monkeyp
 def test_late_worker_removes_its_own_file_and_nothing_else(
     bench: Bench, add_job: AddJob, expire_lease: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import server.worker.generation as generation
+    import server.worker.finishing as finishing
 
     job_id = add_job()
-    write = generation.write_mp4
+    write = finishing.write_mp4
 
     def overtaken(*args: Any, **kwargs: Any) -> None:
-        monkeypatch.setattr(generation, "write_mp4", write)
+        monkeypatch.setattr(finishing, "write_mp4", write)
         write(*args, **kwargs)
         expire_lease(job_id)
-        run_job(bench.runtime, job_id)  # the second worker takes over and finishes
+        run_jobs(bench.runtime)  # the second worker takes over and finishes
 
-    monkeypatch.setattr(generation, "write_mp4", overtaken)
+    monkeypatch.setattr(finishing, "write_mp4", overtaken)
     job = bench.run(job_id)
     assert (job.status, job.attempt) == (JobStatus.SUCCEEDED, 2)
     assert bench.files() == files_of(job_id, 2)
@@ -205,17 +222,17 @@ def test_late_worker_removes_its_own_file_and_nothing_else(
 def test_lost_answer_to_a_commit_does_not_cost_the_file(
     bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    succeed = bench.repository.succeed
+    succeed = bench.repository.succeed_all
     calls = []
 
-    def commit_and_lose_the_answer(*args: Any) -> bool:
+    def commit_and_lose_the_answer(*args: Any) -> set[str]:
         calls.append(args)
         if len(calls) == 1:
             succeed(*args)
             raise OperationalError("commit", {}, Exception("connection lost"))
         return succeed(*args)
 
-    monkeypatch.setattr(bench.repository, "succeed", commit_and_lose_the_answer)
+    monkeypatch.setattr(bench.repository, "succeed_all", commit_and_lose_the_answer)
     job = bench.run(add_job())
     assert len(calls) == 2
     assert job.status is JobStatus.SUCCEEDED
@@ -225,15 +242,15 @@ def test_lost_answer_to_a_commit_does_not_cost_the_file(
 def test_job_is_left_to_the_reaper_while_its_table_cannot_be_written(
     bench: Bench, add_job: AddJob, expire_lease: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import server.worker.generation as generation
+    import server.worker.finishing as finishing
 
-    def broken(*_: Any) -> bool:
+    def broken(*_: Any) -> set[str]:
         raise OperationalError("update", {}, Exception("disk I/O error"))
 
     job_id = add_job()
     with monkeypatch.context() as patch:
-        patch.setattr(bench.repository, "succeed", broken)
-        patch.setattr(generation, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda pause_s: None))
+        patch.setattr(bench.repository, "succeed_all", broken)
+        patch.setattr(finishing, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda pause_s: None))
         job = bench.run(job_id)
     assert (job.status, job.attempt, job.error_code) == (JobStatus.RUNNING, 1, None)
     expire_lease(job_id)
@@ -279,10 +296,10 @@ def test_errors_have_codes(bench: Bench, add_job: AddJob, error: Exception, code
 
 
 def test_short_file_is_not_published(bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    import server.worker.generation as generation
+    import server.worker.finishing as finishing
 
-    write = generation.write_mp4
-    monkeypatch.setattr(generation, "write_mp4", lambda path, frames, **kw: write(path, frames[:8], **kw))
+    write = finishing.write_mp4
+    monkeypatch.setattr(finishing, "write_mp4", lambda path, frames, **kw: write(path, frames[:8], **kw))
     job = bench.run(add_job())
     assert (job.status, job.error_code) == (JobStatus.FAILED, "generation_failed")
     assert "8 frames" in str(job.error_message)
@@ -326,14 +343,179 @@ def test_real_encoder_that_runs_out_of_room(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
 
 
+def status_of(bench: Bench, job_ids: list[str]) -> list[str]:
+    jobs = [bench.repository.get(job_id) for job_id in job_ids]
+    return [job.status.value for job in jobs if job is not None]
+
+
+def attempts_of(bench: Bench, job_ids: list[str]) -> list[int]:
+    jobs = [bench.repository.get(job_id) for job_id in job_ids]
+    return [job.attempt - job.handed_back for job in jobs if job is not None]
+
+
+def test_jobs_that_are_alike_are_sampled_together(bench: Bench, add_job: AddJob) -> None:
+    ids = [add_job(seed=seed) for seed in range(6)]
+    other = add_job(seed=6, num_inference_steps=5)
+    assert run_jobs(bench.runtime) == 7
+    assert bench.model.batches == [[0, 1, 2, 3], [4, 5], [6]]
+    assert status_of(bench, [*ids, other]) == ["succeeded"] * 7
+    assert bench.files() == sorted(name for job_id in [*ids, other] for name in files_of(job_id, 1))
+    assert [bench.repository.get(job_id).batch_size for job_id in ids] == [4, 4, 4, 4, 2, 2]  # type: ignore[union-attr]
+
+
+def test_late_comers_join_a_batch_that_is_not_full(
+    bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [add_job(seed=seed) for seed in range(2)]
+    bench.runtime.settings = bench.runtime.settings.model_copy(update={"batch_wait_ms": 50})
+    wait = bench.stopping.wait
+
+    def wait_and_add(timeout: float) -> bool:
+        if len(ids) == 2:
+            ids.extend(add_job(seed=seed) for seed in range(2, 7))
+        return wait(timeout)
+
+    monkeypatch.setattr(bench.stopping, "wait", wait_and_add)
+    run_jobs(bench.runtime)
+    assert bench.model.batches[0] == [0, 1, 2, 3]
+    assert status_of(bench, ids) == ["succeeded"] * 7
+
+
+def test_one_canceled_job_leaves_the_batch_and_the_others_go_on(bench: Bench, add_job: AddJob) -> None:
+    ids = [add_job(seed=seed, num_inference_steps=100) for seed in range(3)]
+    bench.model.at_step = lambda step: bench.repository.request_cancel(ids[1]) and None if step == 2 else None
+    run_jobs(bench.runtime)
+    assert bench.model.steps == 100
+    assert status_of(bench, ids) == ["succeeded", "canceled", "succeeded"]
+    assert bench.files() == sorted([*files_of(ids[0], 1), *files_of(ids[2], 1)])
+
+
+def test_job_that_fails_does_not_fail_its_neighbours(bench: Bench, add_job: AddJob) -> None:
+    def refuse(requests: list[GenerationRequest]) -> None:
+        if any(request.seed == 2 for request in requests):
+            raise VideoError("values that are not finite")
+
+    bench.model.at_batch = refuse
+    ids = [add_job(seed=seed) for seed in range(4)]
+    run_jobs(bench.runtime)
+    assert bench.model.batches == [[0, 1, 2, 3], [0, 1], [2, 3], [2], [3]]
+    assert status_of(bench, ids) == ["succeeded", "succeeded", "failed", "succeeded"]
+    assert attempts_of(bench, ids) == [1, 1, 1, 1]
+
+
+def test_clip_that_cannot_be_stored_does_not_fail_its_neighbours(
+    bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import server.worker.finishing as finishing
+
+    ids = [add_job(seed=seed) for seed in range(3)]
+    write = finishing.write_thumbnail
+
+    def refuse_one(path: Path, *args: Any, **options: Any) -> None:
+        if ids[1] in path.name:
+            raise OSError(errno.EIO, "bad block")
+        write(path, *args, **options)
+
+    monkeypatch.setattr(finishing, "write_thumbnail", refuse_one)
+    run_jobs(bench.runtime)
+    assert status_of(bench, ids) == ["succeeded", "failed", "succeeded"]
+    assert bench.files() == sorted([*files_of(ids[0], 1), *files_of(ids[2], 1)])
+
+
+def test_lack_of_memory_halves_the_batch_and_is_remembered(bench: Bench, add_job: AddJob) -> None:
+    class OutOfMemoryError(RuntimeError):  # as torch's
+        pass
+
+    def refuse(requests: list[GenerationRequest]) -> None:
+        if len(requests) > 1:
+            raise OutOfMemoryError("CUDA out of memory")
+
+    bench.model.at_batch = refuse
+    ids = [add_job(seed=seed) for seed in range(6)]
+    run_jobs(bench.runtime)
+    assert status_of(bench, ids) == ["succeeded"] * 6
+    assert attempts_of(bench, ids) == [1] * 6
+    sizes = [len(batch) for batch in bench.model.batches]
+    assert sizes == [4, 2, 1, 1, 2, 1, 1, 1, 1], "the last two are taken one by one from the beginning"
+
+
+def test_soft_time_limit_lets_each_of_a_batch_try_alone(bench: Bench, add_job: AddJob) -> None:
+    def refuse(requests: list[GenerationRequest]) -> None:
+        if len(requests) > 1 or requests[0].seed == 1:
+            raise SoftTimeLimitExceeded
+
+    bench.model.at_batch = refuse
+    ids = [add_job(seed=seed) for seed in range(3)]
+    for _ in range(4):
+        run_jobs(bench.runtime)
+    assert bench.model.batches == [[0, 1, 2], [0], [1], [2]]
+    assert status_of(bench, ids) == ["succeeded", "failed", "succeeded"]
+
+
+def test_stopping_worker_hands_the_whole_batch_back(bench: Bench, add_job: AddJob) -> None:
+    bench.model.at_step = lambda step: bench.stopping.set() if step == 2 else None
+    ids = [add_job(seed=seed) for seed in range(3)]
+    run_jobs(bench.runtime)
+    assert status_of(bench, ids) == ["queued"] * 3
+    assert attempts_of(bench, ids) == [0] * 3
+    assert bench.files() == []
+
+
+def test_turn_ends_and_says_that_there_is_more(bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    import server.worker.generation as generation
+
+    hints: list[Any] = []
+    monkeypatch.setattr(generation, "_publish_hint", lambda *args: hints.append(args))
+    monkeypatch.setattr(type(bench.runtime.settings), "turn_s", 0.05)
+    bench.model.at_batch = lambda requests: time.sleep(0.03)
+    ids = [add_job(seed=seed) for seed in range(40)]
+    assert 4 <= run_jobs(bench.runtime) < 40
+    assert len(hints) == 1
+    while run_jobs(bench.runtime):
+        pass
+    assert status_of(bench, ids) == ["succeeded"] * 40
+
+
+def test_no_more_than_two_batches_of_clips_are_held(
+    bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import server.worker.finishing as finishing
+
+    events: list[str] = []
+    write = finishing.write_mp4
+
+    def slow_write(*args: Any, **options: Any) -> None:
+        time.sleep(0.02)
+        write(*args, **options)
+        events.append("stored")
+
+    monkeypatch.setattr(finishing, "write_mp4", slow_write)
+    bench.model.at_batch = lambda requests: events.append("sampling")
+    for seed in range(16):
+        add_job(seed=seed)
+    run_jobs(bench.runtime)
+    for number in range(2, 4):
+        place = [index for index, event in enumerate(events) if event == "sampling"][number]
+        assert events[:place].count("stored") >= 4 * (number - 1)
+    assert events.index("stored") > [i for i, event in enumerate(events) if event == "sampling"][1], "no overlap"
+
+
+def test_batches_are_counted(bench: Bench, add_job: AddJob, database: Database) -> None:
+    for seed in range(9):
+        add_job(seed=seed)
+    run_jobs(bench.runtime)
+    (sums,) = read_measures(database, [BATCH_SIZE])[BATCH_SIZE.name].values()
+    assert sums.counts == {"4.0": 2, "1.0": 1}
+
+
 @pytest.mark.parametrize("lost", ["video", "thumbnail", "spritesheet"])
 def test_what_does_not_say_that_it_is_synthetic_is_not_published(
     bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
-    import server.worker.generation as generation
+    import server.worker.finishing as finishing
 
     name = {"video": "write_mp4", "thumbnail": "write_thumbnail", "spritesheet": "write_spritesheet"}[lost]
-    write = getattr(generation, name)
+    write = getattr(finishing, name)
 
     def write_bare(path: Path, frames: Any, **options: Any) -> None:
         if lost == "video":
@@ -345,7 +527,7 @@ def test_what_does_not_say_that_it_is_synthetic_is_not_published(
                 bare = Image.fromarray(np.asarray(image))
             bare.save(path)
 
-    monkeypatch.setattr(generation, name, write_bare)
+    monkeypatch.setattr(finishing, name, write_bare)
     job = bench.run(add_job())
     assert (job.status, job.error_code) == (JobStatus.FAILED, "generation_failed")
     assert "does not say that it is synthetic" in str(job.error_message)

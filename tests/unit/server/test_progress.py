@@ -1,4 +1,4 @@
-"""The keeper of a claim: renewals, and every reason to stop the sampler."""
+"""The keeper of claims: renewals, and every reason not to go on with a job."""
 
 import threading
 import time
@@ -16,101 +16,136 @@ AddJob = Callable[..., str]
 
 
 @pytest.fixture
-def claim(repository: JobRepository, add_job: AddJob) -> Claim:
-    claimed = repository.claim(add_job(), worker="w")
-    assert claimed is not None
-    return claimed
+def claims(repository: JobRepository, add_job: AddJob) -> list[Claim]:
+    add_job()
+    add_job()
+    return repository.claim_next(worker="w", most=lambda job: 2)
 
 
-def keep(repository: JobRepository, claim: Claim, **changes: Any) -> ClaimKeeper:
+def keep(repository: JobRepository, claims: list[Claim], **changes: Any) -> ClaimKeeper:
     options: dict[str, Any] = {
         "lease_s": 60.0, "heartbeat_s": 30.0, "progress_interval_s": 0.0, "stopping": threading.Event(),
     }  # fmt: skip
-    return ClaimKeeper(repository, claim, **{**options, **changes})
+    keeper = ClaimKeeper(repository, **{**options, **changes})
+    keeper.keep(claims)
+    return keeper
 
 
-def steps_done(repository: JobRepository, claim: Claim) -> int:
-    job = repository.get(claim.job.id)
-    assert job is not None
-    return job.steps_done
+def steps_done(repository: JobRepository, claims: list[Claim]) -> list[int]:
+    jobs = [repository.get(claim.job.id) for claim in claims]
+    return [job.steps_done for job in jobs if job is not None]
 
 
-def test_every_step_is_written(repository: JobRepository, claim: Claim) -> None:
-    with keep(repository, claim) as keeper:
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_progress_of_all_is_written_soon(repository: JobRepository, claims: list[Claim]) -> None:
+    with keep(repository, claims) as keeper:
         for step in range(1, 5):
-            keeper.on_step(step, 4)
-            assert steps_done(repository, claim) == step
+            keeper.on_step(claims, step)
+            wait_until(lambda step=step: steps_done(repository, claims) == [step, step])  # type: ignore[misc]
 
 
-def test_quick_steps_are_not_all_written_but_the_first_is(repository: JobRepository, claim: Claim) -> None:
-    with keep(repository, claim, progress_interval_s=60.0) as keeper:
-        for step in range(1, 5):
-            keeper.on_step(step, 4)
-    assert steps_done(repository, claim) == 1
-
-
-def test_cancellation_stops_at_the_next_step(repository: JobRepository, claim: Claim) -> None:
-    with keep(repository, claim) as keeper:
-        keeper.on_step(1, 4)
-        repository.request_cancel(claim.job.id)
-        with pytest.raises(JobCanceled):
-            keeper.on_step(2, 4)
-
-
-def test_lost_claim_stops_at_the_next_step(
-    repository: JobRepository, claim: Claim, expire_lease: Callable[[str], None]
+def test_quick_steps_are_not_all_written(
+    repository: JobRepository, claims: list[Claim], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with keep(repository, claim) as keeper:
-        keeper.on_step(1, 4)
-        expire_lease(claim.job.id)
+    written = []
+    renew_all = repository.renew_all
+
+    def counted(progress: Any, **options: Any) -> dict[str, bool]:
+        written.append(set(progress.values()))
+        return renew_all(progress, **options)
+
+    monkeypatch.setattr(repository, "renew_all", counted)
+    with keep(repository, claims, progress_interval_s=0.2) as keeper:
+        for step in range(1, 51):
+            keeper.on_step(claims, step)
+            time.sleep(0.01)
+        wait_until(lambda: steps_done(repository, claims) == [50, 50])
+    assert 2 <= len(written) <= 6
+
+
+def test_parts_of_a_batch_have_their_own_progress(repository: JobRepository, claims: list[Claim]) -> None:
+    with keep(repository, claims) as keeper:
+        keeper.on_step(claims[:1], 3)
+        keeper.renew()
+        assert steps_done(repository, claims) == [3, 0]
+
+
+def test_cancellation_of_one_does_not_stop_the_others(repository: JobRepository, claims: list[Claim]) -> None:
+    with keep(repository, claims) as keeper:
+        repository.request_cancel(claims[0].job.id)
+        keeper.renew()
+        assert isinstance(keeper.end_of(claims[0]), JobCanceled)
+        assert keeper.end_of(claims[1]) is None
+        keeper.on_step(claims, 2)
+        repository.request_cancel(claims[1].job.id)
+        keeper.renew()
+        with pytest.raises(JobCanceled):
+            keeper.on_step(claims, 3)
+
+
+def test_lost_claims_stop_at_the_next_step(
+    repository: JobRepository, claims: list[Claim], expire_lease: Callable[[str], None]
+) -> None:
+    with keep(repository, claims) as keeper:
+        for claim in claims:
+            expire_lease(claim.job.id)
         repository.sweep_expired()
+        keeper.renew()
         with pytest.raises(ClaimLost):
-            keeper.on_step(2, 4)
+            keeper.on_step(claims, 2)
 
 
-def test_stopping_worker_stops_at_the_next_step(repository: JobRepository, claim: Claim) -> None:
+def test_stopping_worker_stops_at_the_next_step(repository: JobRepository, claims: list[Claim]) -> None:
     stopping = threading.Event()
-    with keep(repository, claim, stopping=stopping) as keeper:
-        keeper.on_step(1, 4)
+    with keep(repository, claims, stopping=stopping) as keeper:
+        keeper.on_step(claims, 1)
         stopping.set()
         with pytest.raises(WorkerStopping):
-            keeper.on_step(2, 4)
-
-
-def test_cancellation_comes_before_handing_back(repository: JobRepository, claim: Claim) -> None:
-    stopping = threading.Event()
-    stopping.set()
-    repository.request_cancel(claim.job.id)
-    with keep(repository, claim, stopping=stopping) as keeper, pytest.raises(JobCanceled):
-        keeper.check()
+            keeper.on_step(claims, 2)
 
 
 def test_all_reasons_are_known_to_the_sampler() -> None:
     assert all(issubclass(reason, GenerationCanceled) for reason in (JobCanceled, ClaimLost, WorkerStopping))
 
 
-def test_thread_keeps_the_lease_during_a_long_step(repository: JobRepository, claim: Claim) -> None:
-    with keep(repository, claim, heartbeat_s=0.02):
-        before = repository.get(claim.job.id)
-        time.sleep(0.2)
-        after = repository.get(claim.job.id)
-    assert before is not None
-    assert after is not None
-    assert before.lease_until is not None
-    assert after.lease_until is not None
-    assert after.lease_until > before.lease_until
+def test_thread_keeps_the_leases_during_a_long_step(
+    repository: JobRepository, claims: list[Claim], expire_lease: Callable[[str], None]
+) -> None:
+    with keep(repository, claims, heartbeat_s=0.02):
+        for claim in claims:
+            expire_lease(claim.job.id)
+        time.sleep(0.3)
+        assert repository.sweep_expired().requeued == 0
+
+
+def test_settled_jobs_are_renewed_no_more(
+    repository: JobRepository, claims: list[Claim], expire_lease: Callable[[str], None]
+) -> None:
+    with keep(repository, claims, heartbeat_s=0.02) as keeper:
+        keeper.let_go(claims[:1])
+        time.sleep(0.1)
+        expire_lease(claims[0].job.id)
+        time.sleep(0.1)
+        assert repository.sweep_expired().requeued == 1
 
 
 def test_outage_of_the_database_is_borne_for_one_lease(
-    repository: JobRepository, claim: Claim, monkeypatch: pytest.MonkeyPatch
+    repository: JobRepository, claims: list[Claim], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def locked(*_: object, **__: object) -> None:
         raise OperationalError("update", {}, Exception("database is locked"))
 
-    monkeypatch.setattr(repository, "renew", locked)
-    with keep(repository, claim, lease_s=0.2) as keeper:
-        keeper.on_step(1, 4)
-        keeper.on_step(2, 4)
+    monkeypatch.setattr(repository, "renew_all", locked)
+    with keep(repository, claims, lease_s=0.2) as keeper:
+        keeper.renew()
+        keeper.on_step(claims, 2)
         time.sleep(0.25)
+        keeper.renew()
         with pytest.raises(ClaimLost):
-            keeper.on_step(3, 4)
+            keeper.on_step(claims, 3)

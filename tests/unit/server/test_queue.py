@@ -38,6 +38,17 @@ def test_dead_broker_is_given_up_at_once() -> None:
     queue.close()
 
 
+@pytest.mark.parametrize(("waiting", "published"), [(0, 16), (10, 6), (16, 0), (40, 0)])
+def test_no_more_hints_than_are_of_use(monkeypatch: pytest.MonkeyPatch, waiting: int, published: int) -> None:
+    queue = JobQueue("redis://127.0.0.1:1/0")
+    sent: list[str] = []
+    monkeypatch.setattr(queue, "length", lambda: waiting)
+    monkeypatch.setattr(queue, "publish", lambda job_id, attempt: sent.append(job_id))
+    queue.publish_hints([(f"video_{number}", 0) for number in range(100)])
+    queue.close()
+    assert sent == [f"video_{number}" for number in range(published)]
+
+
 class FakeQueue:
     """Takes what it is given, until it is told to fail."""
 
@@ -52,6 +63,10 @@ class FakeQueue:
         if self.is_failing:
             raise QueueError("down")
         self.published.append(job_id)
+
+    def publish_hints(self, jobs: Sequence[tuple[str, int]]) -> None:
+        for job_id, attempt in jobs:
+            self.publish(job_id, attempt)
 
     def close(self) -> None:
         pass

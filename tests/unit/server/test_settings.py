@@ -46,7 +46,6 @@ def test_bad_values_are_named_with_their_variable(monkeypatch: pytest.MonkeyPatc
         ("MEDSORA_BATCH_SIZES", "0,1", "MEDSORA_BATCH_SIZES: .*greater than or equal to 1"),
         ("MEDSORA_BATCH_SIZES", "1,1025", "MEDSORA_BATCH_SIZES: .*less than or equal to 1024"),
         ("MEDSORA_BATCH_SIZES", "1,few", "MEDSORA_BATCH_SIZES: .*valid integer"),
-        ("MEDSORA_BATCH_SIZES", ",", "MEDSORA_BATCH_SIZES: .*at least 1"),
         ("MEDSORA_BATCH_SIZES", ",".join(map(str, range(1, 18))), "MEDSORA_BATCH_SIZES: .*at most 16"),
         ("MEDSORA_WARM_UP_SHAPES", "16x128x128", "MEDSORA_WARM_UP_SHAPES: .*'default' or 'all'"),
         ("MEDSORA_HEARTBEAT_S", "50", "at most half of lease_s"),

@@ -1,0 +1,240 @@
+"""From samples to published videos: encode, check, store, commit; in threads, while the next batch is sampled."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import numpy as np
+from celery.exceptions import SoftTimeLimitExceeded
+from sqlalchemy.exc import SQLAlchemyError
+
+from medsora.errors import BackendError, CheckpointError, MedsoraError
+from medsora.provenance import clip_metadata
+from medsora.request import GenerationRequest
+from medsora.video_io import write_mp4
+from server.checkpoints import ServedCheckpoint
+from server.errors import without_folders
+from server.jobs.repository import Claim, FinishedWork
+from server.storage import ArtifactInfo, StorageFullError, Variant
+from server.worker.progress import ClaimKeeper, ClaimLost, JobCanceled
+from server.worker.publishing import MADE_OF_FRAMES, write_checked, write_origin
+from server.worker.runtime import WorkerRuntime
+from server.worker.sources import SourceError
+from server.worker.stills import write_spritesheet, write_thumbnail
+
+__all__ = ["Finisher", "SampledBatch", "close_canceled", "explain", "settle"]
+
+Frames = np.ndarray[Any, np.dtype[np.uint8]]
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+_MOST_THREADS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledBatch:
+    """Clips that were sampled together; the lists go side by side."""
+
+    checkpoint: ServedCheckpoint
+    claims: list[Claim]
+    requests: list[GenerationRequest]
+    frames: list[Frames]
+    """uint8 RGB ``(frames, height, width, 3)`` of each."""
+    sampling_s: float
+    """Seconds that sampler and decoder took for all of them."""
+
+
+class Finisher:
+    """Context manager that finishes one batch at a time; leaving it waits for that batch."""
+
+    def __init__(self, runtime: WorkerRuntime, keeper: ClaimKeeper) -> None:
+        self._runtime, self._keeper = runtime, keeper
+        # one core is left to the sampler
+        threads = max(1, min(_MOST_THREADS, (os.cpu_count() or 1) - 1))
+        self._encoders = ThreadPoolExecutor(threads, thread_name_prefix="encode")
+        self._coordinator = ThreadPoolExecutor(1, thread_name_prefix="finish")
+        self._current: Future[None] | None = None
+
+    def __enter__(self) -> "Finisher":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.wait()
+        self._coordinator.shutdown()
+        self._encoders.shutdown()
+
+    def submit(self, batch: SampledBatch) -> None:
+        """Finish a batch; returns at once where none is being finished, so that no more than two are held."""
+        self.wait()
+        self._current = self._coordinator.submit(self._finish, batch)
+
+    def wait(self) -> None:
+        """Wait until no batch is being finished."""
+        current, self._current = self._current, None
+        if current is not None:
+            current.result()
+
+    def _finish(self, batch: SampledBatch) -> None:
+        self._count(batch.checkpoint.name, len(batch.claims))
+        futures = {
+            self._encoders.submit(self._make_files, batch, number): claim for number, claim in enumerate(batch.claims)
+        }
+        pending = set(futures)
+        while pending:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            # what became ready meanwhile goes into the same transaction
+            self._publish([(futures[future], future.result()) for future in done])
+
+    def _make_files(self, batch: SampledBatch, number: int) -> FinishedWork | Exception:
+        """Make and store the files of a clip; returns why not, where it was not."""
+        claim, request, frames = batch.claims[number], batch.requests[number], batch.frames[number]
+        end = self._keeper.end_of(claim)
+        if end is not None:
+            return end
+        metadata = clip_metadata(request, model=batch.checkpoint.name, model_sha256=batch.checkpoint.sha256)
+        began = time.monotonic()
+        try:
+            stored, encode_s = _store(self._runtime, claim, frames, metadata)
+        except Exception as error:
+            with suppress(OSError):  # the reaper removes what stays
+                self._runtime.store.remove_attempt(claim.job.id, claim.token)
+            return error
+        video = stored[Variant.VIDEO]
+        return FinishedWork(
+            artifact=video.name,
+            size_bytes=video.size_bytes,
+            sha256=video.sha256,
+            thumbnail_sha256=stored[Variant.THUMBNAIL].sha256,
+            spritesheet_sha256=stored[Variant.SPRITESHEET].sha256,
+            sampling_s=batch.sampling_s,
+            encode_s=encode_s,
+            store_s=time.monotonic() - began - encode_s,
+            batch_size=len(batch.claims),
+        )
+
+    def publish(self, claim: Claim, work: FinishedWork) -> None:
+        """Publish the result of a job that was made by itself."""
+        self._count(claim.job.model, 1)
+        self._publish([(claim, work)])
+
+    def _count(self, model: str, size: int) -> None:
+        try:
+            self._runtime.repository.count_batch(model, size)
+        except SQLAlchemyError as error:
+            logger.warning("a batch of %d is not counted: %s", size, error)
+
+    def _publish(self, results: Sequence[tuple[Claim, FinishedWork | Exception]]) -> None:
+        finished = [(claim, work) for claim, work in results if isinstance(work, FinishedWork)]
+        try:
+            if finished:
+                rows = [(claim.job.id, claim.token, work) for claim, work in finished]
+                published = settle(lambda: self._runtime.repository.succeed_all(rows))
+                for claim, made in finished:
+                    if claim.job.id not in published:
+                        _withdraw(self._runtime, claim, made.artifact)
+            for claim, work in results:
+                if isinstance(work, (JobCanceled, ClaimLost)):
+                    close_canceled(self._runtime, self._keeper, claim, work)
+                elif isinstance(work, Exception):
+                    self._fail(claim, work)
+        except SQLAlchemyError as error:
+            # Nothing is wrong with the jobs, and what the table says of them now is unknown: their leases run out.
+            names = ", ".join(claim.job.id for claim, _ in results)
+            logger.error("%s are left to the reaper: the job table cannot be written: %s", names, error)
+        finally:
+            self._keeper.let_go([claim for claim, _ in results])
+
+    def _fail(self, claim: Claim, error: Exception) -> None:
+        code, message = explain(error)
+        logger.error("%s failed: %s", claim.job.id, code, exc_info=error)
+        settle(lambda: self._runtime.repository.fail(claim.job.id, claim.token, code=code, message=message))
+
+
+def _store(
+    runtime: WorkerRuntime, claim: Claim, frames: Frames, metadata: Mapping[str, str]
+) -> tuple[dict[Variant, ArtifactInfo], float]:
+    """Write all files of a clip; returns what was written, and the seconds that encoding took."""
+    job = claim.job
+    encode_s = 0.0
+
+    def write(variant: Variant, path: Path) -> None:
+        nonlocal encode_s
+        began = time.monotonic()
+        if variant is Variant.VIDEO:
+            write_mp4(path, frames, fps=job.fps, metadata=metadata)
+        elif variant is Variant.THUMBNAIL:
+            write_thumbnail(path, frames, metadata=metadata)
+        else:
+            write_spritesheet(path, frames, metadata=metadata)
+        encode_s += time.monotonic() - began
+
+    stored = write_checked(runtime, claim, {variant: partial(write, variant) for variant in MADE_OF_FRAMES})
+    write_origin(runtime, claim, metadata, stored)
+    return stored, encode_s
+
+
+def _withdraw(runtime: WorkerRuntime, claim: Claim, artifact: str) -> None:
+    """The result was not taken: remove its files, unless it was taken after all and only the answer was lost."""
+    published, _ = runtime.repository.referenced([claim.job.id]).get(claim.job.id, (None, None))
+    if published == artifact:
+        return
+    runtime.store.remove_attempt(claim.job.id, claim.token)
+    settle(lambda: runtime.repository.finish_cancel(claim.job.id, claim.token))
+    logger.warning("the result of %s was not wanted any more", claim.job.id)
+
+
+def close_canceled(runtime: WorkerRuntime, keeper: ClaimKeeper, claim: Claim, reason: JobCanceled | ClaimLost) -> None:
+    """Settle a job that is not to go on."""
+    if isinstance(reason, JobCanceled):
+        try:
+            settle(lambda: runtime.repository.finish_cancel(claim.job.id, claim.token))
+            logger.info("%s was cancelled", claim.job.id)
+        except SQLAlchemyError as error:
+            logger.error("%s is left to the reaper: the job table cannot be written: %s", claim.job.id, error)
+    else:
+        logger.warning("%s belongs to another worker now", claim.job.id)
+    keeper.let_go([claim])
+
+
+def settle(action: Callable[[], T]) -> T:
+    """Try a last write on jobs a few times: losing it would mean to do the whole work again.
+
+    Raises:
+        SQLAlchemyError: The job table cannot be written for seconds.
+    """
+    for pause_s in (0.2, 1.0, 3.0):
+        try:
+            return action()
+        except SQLAlchemyError as error:
+            logger.warning("the job table cannot be written: %s", error)
+            time.sleep(pause_s)
+    return action()
+
+
+def explain(error: Exception) -> tuple[str, str]:
+    """(code, message) for the client. Messages of foreign errors may hold paths and stay in the log."""
+    if isinstance(error, StorageFullError):
+        return "storage_full", "There was no room to store the video."
+    if isinstance(error, SourceError):
+        return "source_invalid", str(error)
+    if isinstance(error, CheckpointError):
+        return "checkpoint_invalid", f"The model cannot be used: {without_folders(str(error))}"
+    if isinstance(error, BackendError):
+        return "device_unavailable", without_folders(str(error))
+    if isinstance(error, SoftTimeLimitExceeded):
+        return "time_limit_exceeded", "The video took longer than a job may take."
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "out_of_memory", "The device has too little free memory for this video."
+    if isinstance(error, MedsoraError):
+        return "generation_failed", f"The video could not be made: {without_folders(str(error))}"
+    return "generation_failed", f"The video could not be made: {type(error).__name__}."
