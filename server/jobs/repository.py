@@ -34,8 +34,8 @@ from server.jobs.database import Database, database_now
 from server.jobs.measures import BATCH_SIZE, measure_ended
 from server.jobs.model import DEFAULT_TENANT, TERMINAL, DeletedJob, Job, JobStatus, new_job_id
 from server.jobs.sharing import ALIKE, charge, lock_shares, next_ids, runs_alone
-from server.measures import Observation, add_observations
 from server.keys.limits import NO_LIMITS, Limits, Quota, count_usage, fitting
+from server.measures import Observation, add_observations
 
 __all__ = [
     "Claim",

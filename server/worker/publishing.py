@@ -49,7 +49,9 @@ def write_checked(
 
     try:
         return runtime.store.write_all(
-            job.id, claim.token, {variant: (partial(write_signed, variant), partial(check, variant)) for variant in files}
+            job.id,
+            claim.token,
+            {variant: (partial(write_signed, variant), partial(check, variant)) for variant in files},
         )
     except VideoError as error:
         # Some writers notice a full disk only by a file that is cut off.

@@ -28,9 +28,9 @@ from medsora.request import GenerationRequest
 from medsora.video_io import probe_video
 from server.checkpoints import Catalogue
 from server.jobs.database import Database
+from server.jobs.measures import BATCH_SIZE
 from server.jobs.model import JobStatus
 from server.jobs.repository import JobRecord, JobRepository
-from server.jobs.measures import BATCH_SIZE
 from server.measures import read_measures
 from server.settings import Settings
 from server.storage import ArtifactStore, Variant
