@@ -49,20 +49,20 @@ def main() -> None:
         with running_server(checkpoint, Path(folder), options, before["batch"]) as url:
             served = load(url, Path(folder) / "data" / "medsora.db", checkpoint, options, before["batch"])
         after = raw_rate(checkpoint, options, batch=before["batch"])
-    raw = (before["clips_per_s"] + after["clips_per_s"]) / 2
-    result = {
-        "checkpoint": read_manifest(checkpoint).name,
-        "machine": describe_machine(before["device"]),
-        "clients": options.clients,
-        "outstanding": options.outstanding,
-        "batch": before["batch"],
-        "num_inference_steps": request_of(checkpoint, options.steps, 0).num_inference_steps,
-        "raw_before": before["clips_per_s"],
-        "raw_after": after["clips_per_s"],
-        "raw_clips_per_s": raw,
-        **served,
-        "ratio": served["clips_per_s"] / raw,
-    }
+        raw = (before["clips_per_s"] + after["clips_per_s"]) / 2
+        result = {
+            "checkpoint": read_manifest(checkpoint).name,
+            "machine": describe_machine(before["device"]),
+            "clients": options.clients,
+            "outstanding": options.outstanding,
+            "batch": before["batch"],
+            "num_inference_steps": request_of(checkpoint, options.steps, 0).num_inference_steps,
+            "raw_before": before["clips_per_s"],
+            "raw_after": after["clips_per_s"],
+            "raw_clips_per_s": raw,
+            **served,
+            "ratio": served["clips_per_s"] / raw,
+        }
     save(result, options.json or RESULTS / f"batching-{result['checkpoint']}.json")
     print_result(result)
 
