@@ -22,7 +22,8 @@ from medsora.request import GenerationRequest
 from medsora.video_io import write_mp4
 from server.checkpoints import ServedCheckpoint
 from server.errors import without_folders
-from server.jobs.repository import Claim, FinishedWork
+from server.jobs.repository import Claim, FinishedWork, log_fields
+from server.logs import bound
 from server.storage import ArtifactInfo, StorageFullError, Variant
 from server.worker.progress import ClaimKeeper, ClaimLost, JobCanceled
 from server.worker.publishing import MADE_OF_FRAMES, write_checked, write_origin
@@ -140,8 +141,12 @@ class Finisher:
                 rows = [(claim.job.id, claim.token, work) for claim, work in finished]
                 published = settle(lambda: self._runtime.repository.succeed_all(rows))
                 for claim, made in finished:
-                    if claim.job.id not in published:
-                        _withdraw(self._runtime, claim, made.artifact)
+                    with bound(**log_fields(claim.job)):
+                        if claim.job.id not in published:
+                            _withdraw(self._runtime, claim, made.artifact)
+                            continue
+                        about = {name: round(getattr(made, name), 6) for name in ("sampling_s", "encode_s", "store_s")}
+                        logger.info("%s is made", claim.job.id, extra={**about, "batch_size": made.batch_size})
             for claim, work in results:
                 if isinstance(work, (JobCanceled, ClaimLost)):
                     close_canceled(self._runtime, self._keeper, claim, work)
@@ -156,7 +161,8 @@ class Finisher:
 
     def _fail(self, claim: Claim, error: Exception) -> None:
         code, message = explain(error)
-        logger.error("%s failed: %s", claim.job.id, code, exc_info=error)
+        with bound(**log_fields(claim.job)):
+            logger.error("%s failed: %s", claim.job.id, code, exc_info=error)
         settle(lambda: self._runtime.repository.fail(claim.job.id, claim.token, code=code, message=message))
 
 

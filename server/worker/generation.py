@@ -18,7 +18,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from medsora.errors import BackendError, CheckpointError
 from medsora.request import GenerationRequest
 from server.jobs.queue import JobQueue, QueueError
-from server.jobs.repository import Claim, JobRecord
+from server.jobs.repository import Claim, JobRecord, log_fields
+from server.logs import bound
 from server.storage import StorageFullError
 from server.worker.finishing import Finisher, SampledBatch, close_canceled, explain, settle
 from server.worker.pieces import is_made_at_once, make_in_pieces
@@ -233,8 +234,9 @@ def _is_over(runtime: WorkerRuntime, keeper: ClaimKeeper, claim: Claim) -> bool:
 
 def _fail(runtime: WorkerRuntime, keeper: ClaimKeeper, claims: Sequence[Claim], error: Exception) -> None:
     code, message = explain(error)
-    logger.error("%s failed: %s", _names(claims), code, exc_info=error)
     for claim in claims:
+        with bound(**log_fields(claim.job)):
+            logger.error("%s failed: %s", claim.job.id, code, exc_info=error)
         try:
             settle(partial(runtime.repository.fail, claim.job.id, claim.token, code=code, message=message))
         except SQLAlchemyError as problem:
