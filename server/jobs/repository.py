@@ -409,7 +409,7 @@ class JobRepository:
         by_steps: dict[int, list[tuple[str, int]]] = {}
         for claim, steps_done in progress.items():
             by_steps.setdefault(steps_done, []).append(claim)
-        answers = {}
+        rows: list[Any] = []
         with self._database.write() as connection:
             for steps_done, claims in by_steps.items():
                 statement = (
@@ -418,10 +418,11 @@ class JobRepository:
                     .values(lease_until=database_now() + self._lease_s, steps_done=steps_done)
                     .returning(*(_TABLE.c if announce else (_TABLE.c.id, _TABLE.c.cancel_requested)))
                 )
-                for row in connection.execute(statement).all():
-                    answers[row.id] = bool(row.cancel_requested)
-                    if announce:
-                        announce_progress(connection, row)
+                rows += connection.execute(statement).all()
+            answers = {row.id: bool(row.cancel_requested) for row in rows}
+            if announce:  # last: see server/events/log.py
+                for row in rows:
+                    announce_progress(connection, row)
         return answers
 
     def previews_wanted(self, job_ids: Collection[str]) -> set[str]:
