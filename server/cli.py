@@ -68,8 +68,10 @@ def api(
     from medsora.errors import CheckpointError
     from server.app import create_app
     from server.logs import configure_logging
+    from server.tracing import start_tracing, stop_tracing
 
     configure_logging(settings.log_level, settings.log_format, part="api")
+    start_tracing("api")
     if fd is None and settings.keys == "auto":
         # Where it is not `serve` that runs this, a proxy may stand before it: then all the world is on loopback.
         settings = settings.model_copy(update={"keys": "required"})
@@ -94,7 +96,10 @@ def api(
             application.state.end_streams()
             super().handle_exit(sig, frame)
 
-    Server(config).run(sockets=None if fd is None else [socket.socket(fileno=fd)])
+    try:
+        Server(config).run(sockets=None if fd is None else [socket.socket(fileno=fd)])
+    finally:
+        stop_tracing()
 
 
 @app.command()
@@ -147,10 +152,12 @@ def reaper() -> None:
     from server.settings import SettingsError
     from server.sources.repository import SourceRepository
     from server.storage import ArtifactStore
+    from server.tracing import start_tracing, stop_tracing
     from server.webhooks.repository import WebhookRepository
     from server.webhooks.sender import WebhookSender
 
     configure_logging(settings.log_level, settings.log_format, part="reaper")
+    start_tracing("reaper")
     try:
         queue, batch_queue = JobQueue(settings.broker_address()), JobQueue(settings.broker_address())
         catalogue = Catalogue.load(settings.checkpoints)
@@ -190,6 +197,7 @@ def reaper() -> None:
         batch_queue.close()
         queue.close()
         database.close()
+        stop_tracing()
 
 
 def _settings(**overrides: object) -> "Settings":

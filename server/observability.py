@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server import logs
+from server import logs, tracing
 from server.errors import TooLargeError, error_body
 from server.jobs.database import Database
 from server.jobs.model import is_job_id
@@ -122,10 +122,17 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         request_id = f"req_{secrets.token_hex(12)}"
-        with logs.bound(request_id=request_id):
-            await self._serve(scope, receive, send, request_id)
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        with (
+            logs.bound(request_id=request_id),
+            tracing.request_span(headers, **{"medsora.request_id": request_id}) as span,
+        ):
+            logs.note(trace_id=tracing.trace_id(tracing.traceparent()))
+            await self._serve(scope, receive, send, request_id, span)
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
+    async def _serve(
+        self, scope: Scope, receive: Receive, send: Send, request_id: str, span: tracing.RequestSpan
+    ) -> None:
         started = time.perf_counter()
         status = 500
         has_started = False
@@ -173,6 +180,7 @@ class RequestMiddleware:
             method = scope["method"] if scope["method"] in _METHODS else "other"
             seconds = time.perf_counter() - started
             self._metrics.observe(method, route, status, seconds)
+            span.answered(method, route, status)
             video_id = scope.get("path_params", {}).get("video_id", "")
             if is_job_id(video_id):
                 logs.note(job_id=video_id)

@@ -20,6 +20,7 @@ from server.logs import bound
 from server.settings import Settings
 from server.sources.repository import SourceRepository
 from server.storage import ArtifactStore, StoredFile
+from server.tracing import record
 from server.webhooks.repository import WebhookRepository
 
 __all__ = ["Reaper"]
@@ -72,6 +73,13 @@ class Reaper:
     def _settle_expired(self) -> None:
         result = self._repository.sweep_expired()
         for job in result.jobs:
+            now = time.time()
+            about: dict[str, str | int | float | bool | None] = {
+                "medsora.job_id": job.id,
+                "medsora.attempt": job.attempt,
+                "medsora.outcome": job.status.value,
+            }
+            record("lease ran out", parent=job.traceparent, began_s=now, ended_s=now, error="lost", attributes=about)
             with bound(**log_fields(job)):
                 logger.warning("the lease of %s ran out in attempt %d: it is %s now", job.id, job.attempt, job.status)
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-__all__ = ["ENV_PREFIX", "Settings", "SettingsError", "get_settings"]
+__all__ = ["ENV_PREFIX", "Settings", "SettingsError", "get_settings", "trace_service"]
 
 ENV_PREFIX = "MEDSORA_"
 _MIB = 2**20
@@ -392,6 +392,17 @@ def load_settings(**overrides: Any) -> Settings:
             name = str(problem["loc"][0]) if problem["loc"] else ""
             lines.append(f"{ENV_PREFIX}{name.upper()}: {problem['msg']}" if name else problem["msg"])
         raise SettingsError("; ".join(lines)) from None
+
+
+def trace_service() -> str | None:
+    """Name under which this server's traces are sent; None: the environment names no place to send them to.
+
+    The variables are OpenTelemetry's, and its library reads the others (headers, sampling) itself.
+    """
+    endpoints = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    if not any(os.environ.get(name) for name in endpoints):
+        return None
+    return os.environ.get("OTEL_SERVICE_NAME") or "medsora-server"
 
 
 @lru_cache(maxsize=1)

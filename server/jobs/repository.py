@@ -7,6 +7,7 @@ database with its own clock, never with the clock of a worker or API host.
 """
 
 import enum
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -27,7 +28,7 @@ from sqlalchemy import (
     update,
 )
 
-from server import logs
+from server import logs, tracing
 from server.events.jobs import announce_deletion, announce_preview, announce_progress, announce_states
 from server.idempotency import note_made
 from server.jobs.database import Database, database_now
@@ -150,6 +151,8 @@ class Claim:
 
     job: JobRecord
     token: int
+    taken_at: float = field(default_factory=time.time)
+    """Unix seconds of this machine: for traces alone, never compared with a lease."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -657,6 +660,7 @@ def _new(values: dict[str, Any]) -> dict[str, Any]:
         "request_id": logs.current().get("request_id"),
         "priority": 0,
         "deterministic": False,
+        "traceparent": tracing.traceparent(),
         **values,
     }
 
@@ -723,7 +727,12 @@ def _ended(status: JobStatus, code: str, message: str) -> dict[str, Any]:
 
 def log_fields(job: JobRecord) -> dict[str, str | None]:
     """What lines of the log about a job carry, for ``logs.bound``."""
-    return {"job_id": job.id, "tenant": job.tenant, "request_id": job.request_id}
+    return {
+        "job_id": job.id,
+        "tenant": job.tenant,
+        "request_id": job.request_id,
+        "trace_id": tracing.trace_id(job.traceparent),
+    }
 
 
 def job_record(values: dict[str, Any]) -> JobRecord:

@@ -25,6 +25,7 @@ from server.errors import without_folders
 from server.jobs.repository import Claim, FinishedWork, log_fields
 from server.logs import bound
 from server.storage import ArtifactInfo, StorageFullError, Variant
+from server.worker.attempts import trace_attempt
 from server.worker.progress import ClaimKeeper, ClaimLost, JobCanceled
 from server.worker.publishing import MADE_OF_FRAMES, write_checked, write_origin
 from server.worker.runtime import WorkerRuntime
@@ -139,10 +140,13 @@ class Finisher:
         try:
             if finished:
                 rows = [(claim.job.id, claim.token, work) for claim, work in finished]
+                made_s = time.time()
                 published = settle(lambda: self._runtime.repository.succeed_all(rows))
                 for claim, made in finished:
                     with bound(**log_fields(claim.job)):
-                        if claim.job.id not in published:
+                        is_taken = claim.job.id in published
+                        trace_attempt(claim, "succeeded" if is_taken else "canceled", work=made, made_s=made_s)
+                        if not is_taken:
                             _withdraw(self._runtime, claim, made.artifact)
                             continue
                         about = {name: round(getattr(made, name), 6) for name in ("sampling_s", "encode_s", "store_s")}
@@ -164,6 +168,7 @@ class Finisher:
         with bound(**log_fields(claim.job)):
             logger.error("%s failed: %s", claim.job.id, code, exc_info=error)
         settle(lambda: self._runtime.repository.fail(claim.job.id, claim.token, code=code, message=message))
+        trace_attempt(claim, code)
 
 
 def _store(
@@ -209,6 +214,7 @@ def close_canceled(runtime: WorkerRuntime, keeper: ClaimKeeper, claim: Claim, re
             logger.error("%s is left to the reaper: the job table cannot be written: %s", claim.job.id, error)
     else:
         logger.warning("%s belongs to another worker now", claim.job.id)
+    trace_attempt(claim, "canceled" if isinstance(reason, JobCanceled) else "lost")
     keeper.let_go([claim])
 
 

@@ -21,6 +21,7 @@ from server.jobs.queue import JobQueue, QueueError
 from server.jobs.repository import Claim, JobRecord, log_fields
 from server.logs import bound
 from server.storage import StorageFullError
+from server.worker.attempts import trace_attempt
 from server.worker.finishing import Finisher, SampledBatch, close_canceled, explain, settle
 from server.worker.pieces import is_made_at_once, make_in_pieces
 from server.worker.preview import PreviewWriter
@@ -241,6 +242,7 @@ def _fail(runtime: WorkerRuntime, keeper: ClaimKeeper, claims: Sequence[Claim], 
             settle(partial(runtime.repository.fail, claim.job.id, claim.token, code=code, message=message))
         except SQLAlchemyError as problem:
             logger.error("%s is left to the reaper: the job table cannot be written: %s", claim.job.id, problem)
+        trace_attempt(claim, code)
     keeper.let_go(claims)
 
 
@@ -261,6 +263,8 @@ def _hand_back(
         return
     finally:
         keeper.let_go(claims)
+    for claim in claims:
+        trace_attempt(claim, "handed_back" if claim.job.id in done else "canceled")
     if done:
         logger.info("%s: handed back", ", ".join(sorted(done)))
         _publish_hint(runtime, sorted(done))

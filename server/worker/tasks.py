@@ -19,6 +19,7 @@ from celery.signals import (
 
 from server.jobs.queue import TASK_NAME
 from server.settings import get_settings
+from server.tracing import start_tracing, stop_tracing
 from server.worker.celery_app import child_process_ids, configure_worker_logging
 from server.worker.runtime import STOP_SIGNAL, WorkerRuntime
 
@@ -50,6 +51,7 @@ def _get_runtime() -> WorkerRuntime:
 
 
 def _on_process_init(**_: Any) -> None:
+    start_tracing("worker")
     try:
         _get_runtime()
     except Exception:
@@ -60,6 +62,7 @@ def _on_process_init(**_: Any) -> None:
 def _on_process_shutdown(**_: Any) -> None:
     if _runtime is not None:
         _runtime.close()
+    stop_tracing()
 
 
 def _on_worker_init(sender: Any, **_: Any) -> None:

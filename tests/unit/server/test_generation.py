@@ -250,7 +250,9 @@ def test_job_is_left_to_the_reaper_while_its_table_cannot_be_written(
     job_id = add_job()
     with monkeypatch.context() as patch:
         patch.setattr(bench.repository, "succeed_all", broken)
-        patch.setattr(finishing, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda pause_s: None))
+        patch.setattr(
+            finishing, "time", SimpleNamespace(time=time.time, monotonic=lambda: 0.0, sleep=lambda pause_s: None)
+        )
         job = bench.run(job_id)
     assert (job.status, job.attempt, job.error_code) == (JobStatus.RUNNING, 1, None)
     expire_lease(job_id)
