@@ -37,10 +37,19 @@ from medsora.models.autoencoder import VideoAutoencoder
 from medsora.models.denoiser import Denoiser
 from medsora.presets import preset
 
-__all__ = ["LoadedCheckpoint", "load_checkpoint", "save_checkpoint", "write_tiny_checkpoint"]
+__all__ = [
+    "LoadedCheckpoint",
+    "add_fingerprints",
+    "load_checkpoint",
+    "load_fingerprints",
+    "save_checkpoint",
+    "write_tiny_checkpoint",
+]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_WEIGHT_BYTES = 16 * 2**30
+FINGERPRINTS = "fingerprints.bin"
+FINGERPRINT_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,43 @@ def load_checkpoint(directory: str | Path) -> LoadedCheckpoint:
         if module is not None:
             _load_weights(contents[name], module, name=str(source / name))
     return LoadedCheckpoint(config, manifest, autoencoder, denoiser)
+
+
+def add_fingerprints(directory: str | Path, fingerprints: bytes) -> Manifest:
+    """Add the fingerprints of its training clips to a checkpoint, in place of any from before.
+
+    Args:
+        fingerprints: Of :func:`medsora.clip_files.fingerprint`, one behind the other.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        CheckpointError: No checkpoint, or no fingerprints.
+    """
+    target = Path(directory)
+    if not fingerprints or len(fingerprints) % FINGERPRINT_BYTES:
+        raise CheckpointError(f"fingerprints have {FINGERPRINT_BYTES} bytes each, got {len(fingerprints)} in all")
+    record = FileRecord(sha256=hashlib.sha256(fingerprints).hexdigest(), size_bytes=len(fingerprints))
+    written = replace(read_manifest(target), fingerprints=record)
+    write_file(target / FINGERPRINTS, fingerprints)
+    write_file(target / "manifest.json", _json_bytes(to_json(written)))
+    return written
+
+
+def load_fingerprints(directory: str | Path) -> bytes:
+    """The fingerprints of the training clips of a checkpoint, one behind the other.
+
+    Raises:
+        CheckpointError: It has none, or they were altered.
+    """
+    record = read_manifest(directory).fingerprints
+    if record is None:
+        raise CheckpointError(f"{directory} has no fingerprints of its training clips")
+    content = _read_checked(Path(directory) / FINGERPRINTS, record)
+    if not content or len(content) % FINGERPRINT_BYTES:
+        raise CheckpointError(f"{Path(directory) / FINGERPRINTS} holds no whole number of fingerprints")
+    return content
 
 
 def _check_manifest(config: ModelConfig, manifest: Manifest) -> None:

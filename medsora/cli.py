@@ -136,6 +136,34 @@ def generate(
         Console().print(_settings_table(manifest, request, seconds, output))
 
 
+@app.command()
+def regenerate(
+    manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="manifest.jsonl of a dataset.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the files of the clips to.")],
+    clip: Annotated[list[str] | None, typer.Option(help="Only this clip, such as clip_000007. Repeatable.")] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="Directory of the checkpoint. Default: a shipped one of the name in the manifest."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
+) -> None:
+    """Make clips of a dataset again, and compare them with what its manifest says; ends with 1 where one differs."""
+    with _errors_as_one_line():
+        try:
+            from medsora.regenerate import read_clips, regenerate_clips
+        except ModuleNotFoundError as error:
+            raise MedsoraError(f"generating needs the package {error.name}: pip install 'medsora[model]'") from error
+        clips = read_clips(manifest, wanted=clip)
+        differ = 0
+        for made in regenerate_clips(clips, output, checkpoint=checkpoint, device=device, force=force):
+            differ += not made.is_same
+            typer.echo(f"{made.clip}: {'the same to the bit' if made.is_same else made.difference}")
+        typer.echo(f"{len(clips)} clips, {differ} differ")
+    if differ:
+        raise typer.Exit(1)
+
+
 def _check_output(output: Path, *, lossless: bool, force: bool) -> None:
     """Refuse before the sampling what could not be written after it."""
     wanted = ".mkv" if lossless else ".mp4"

@@ -130,6 +130,9 @@ class Manifest:
     labels: tuple[Label, ...]
     limits: Limits
     files: dict[str, FileRecord] = field(default_factory=dict)
+    fingerprints: FileRecord | None = None
+    """Of ``fingerprints.bin``: small pictures of the training clips, to tell copies of them by
+    (:mod:`medsora.clip_files`); None: there are none."""
     training_data: tuple[dict[str, str], ...] = ()
     """One entry a clip: file, licence, source, attribution."""
     training: dict[str, Any] = field(default_factory=dict)

@@ -9,6 +9,7 @@ from fastapi import Depends, FastAPI
 
 import medsora
 from server.api import batches as batches_api
+from server.api import datasets as datasets_api
 from server.api import events as events_api
 from server.api import files as files_api
 from server.api import health, live, models, usage, videos
@@ -22,6 +23,9 @@ from server.api.uploads import UPLOAD_OVERHEAD_BYTES
 from server.batches.repository import BatchRepository
 from server.batches.service import BatchService
 from server.checkpoints import Catalogue
+from server.datasets.files import DatasetFiles
+from server.datasets.repository import DatasetRepository
+from server.datasets.service import DatasetService
 from server.events.follower import Follower
 from server.events.log import EventLog
 from server.files.repository import FileRepository
@@ -108,6 +112,15 @@ def create_app(settings: Settings) -> FastAPI:
                 files,
                 max_active=settings.max_active_batches,
             ),
+            datasets=DatasetService(
+                DatasetRepository(database, lease_s=settings.lease_s, limits=limits),
+                DatasetFiles(settings.datasets_dir),
+                jobs=jobs,
+                catalogue=catalogue,
+                store=store,
+                max_active=settings.max_active_datasets,
+                min_free_bytes=settings.min_free_bytes,
+            ),
             events=events,
             follower=follower,
             webhooks=WebhookService(WebhookRepository(database), private_hosts=settings.webhook_private_hosts),
@@ -152,7 +165,7 @@ def create_app(settings: Settings) -> FastAPI:
         metrics=http_metrics,
         body_limits={"/v1/files": settings.max_file_bytes + UPLOAD_OVERHEAD_BYTES},
     )
-    for part in (events_api, videos, live, files_api, batches_api, webhooks_api, models, usage):
+    for part in (events_api, videos, live, files_api, batches_api, datasets_api, webhooks_api, models, usage):
         app.include_router(part.router, dependencies=[Depends(get_caller)], responses=error_responses(401, 403, 429))
     app.include_router(health.router)
     labels = [label.name for label in catalogue.default.manifest.labels]

@@ -133,7 +133,7 @@ def worker() -> None:
 
 @app.command()
 def reaper() -> None:
-    """Return jobs of lost workers to the queue, work off batches, send webhooks. Run at least one; more do no harm."""
+    """Return jobs of lost workers to the queue, work off batches and datasets, send webhooks. Run one or more."""
     settings = _settings()
     import signal
     import threading
@@ -141,6 +141,7 @@ def reaper() -> None:
     from medsora.errors import CheckpointError
     from server.batch_runner import make_batch_runner
     from server.checkpoints import Catalogue
+    from server.dataset_runner import make_dataset_runner
     from server.events.log import EventLog
     from server.files.store import FileStore
     from server.jobs.database import Database, migrate
@@ -159,7 +160,7 @@ def reaper() -> None:
     configure_logging(settings.log_level, settings.log_format, part="reaper")
     start_tracing("reaper")
     try:
-        queue, batch_queue = JobQueue(settings.broker_address()), JobQueue(settings.broker_address())
+        queue, batch_queue, dataset_queue = (JobQueue(settings.broker_address()) for _ in range(3))
         catalogue = Catalogue.load(settings.checkpoints)
     except (SettingsError, CheckpointError) as error:
         _fail(error)
@@ -171,9 +172,11 @@ def reaper() -> None:
     repository = JobRepository(database, lease_s=settings.lease_s, max_attempts=settings.max_attempts)
     store = ArtifactStore(settings.artifacts_dir)
     batches = make_batch_runner(settings, database=database, catalogue=catalogue, queue=batch_queue)
+    datasets = make_dataset_runner(settings, database=database, queue=dataset_queue)
     webhooks = WebhookRepository(database)
     threads = [
         threading.Thread(target=batches.run, args=(stop,), name="batches"),
+        threading.Thread(target=datasets.run, args=(stop,), name="datasets"),
         threading.Thread(target=WebhookSender(settings, webhooks).run, args=(stop,), name="webhooks"),
     ]
     for thread in threads:
@@ -195,6 +198,7 @@ def reaper() -> None:
         for thread in threads:
             thread.join()
         batch_queue.close()
+        dataset_queue.close()
         queue.close()
         database.close()
         stop_tracing()

@@ -252,6 +252,9 @@ class Settings(BaseSettings):
     max_active_batches: int = Field(
         100, ge=1, le=10_000, description="Batches of one tenant that may be unfinished; more are answered with 429."
     )
+    max_active_datasets: int = Field(
+        20, ge=1, le=1000, description="Datasets of one tenant that may be unfinished; more are answered with 429."
+    )
     min_free_bytes: int = Field(
         128 * _MIB, ge=0, description="Free bytes on the disk of data_dir below which no job is taken or started."
     )
@@ -326,6 +329,11 @@ class Settings(BaseSettings):
     def files_dir(self) -> Path:
         """Folder of the uploaded files and of those made for batches."""
         return self.data_dir / "files"
+
+    @property
+    def datasets_dir(self) -> Path:
+        """Folder of the files of clips of datasets."""
+        return self.data_dir / "datasets"
 
     @property
     def sources_dir(self) -> Path:

@@ -8,6 +8,7 @@ from fastapi import Depends, Request
 from server.api.access import AccessControl, Caller, CallerDep, TenantDep, get_caller
 from server.batches.service import BatchService
 from server.checkpoints import Catalogue
+from server.datasets.service import DatasetService
 from server.events.follower import Follower
 from server.events.log import EventLog
 from server.files.service import FileService
@@ -40,6 +41,7 @@ class Services:
     sources: SourceService
     files: FileService
     batches: BatchService
+    datasets: DatasetService
     events: EventLog
     follower: Follower
     webhooks: WebhookService

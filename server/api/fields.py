@@ -29,12 +29,15 @@ __all__ = [
     "EditVideoFields",
     "ExtendVideoFields",
     "Pairs",
+    "Real",
     "RemixVideoFields",
     "UnsupportedMediaTypeError",
+    "Whole",
     "check_fields",
     "is_storable",
     "order_of",
     "parse_object",
+    "parse_size",
     "read_edit",
     "read_extension",
     "read_json_object",
@@ -257,7 +260,7 @@ def order_of(pairs: list[tuple[str, Any]]) -> tuple[VideoOrder, SourceOrder | No
     checked = _check(CreateVideoFields, _collect(pairs))
     urls = ("input_reference_url", "reference_url", "image_url")
     values = checked.model_dump(exclude={"size", "n", "num_outputs_per_prompt", "input_reference", *urls})
-    order = VideoOrder(size=_parse_size(checked.size), **values)
+    order = VideoOrder(size=parse_size(checked.size), **values)
     given = {name: getattr(checked, name) for name in ("input_reference", *urls) if getattr(checked, name) is not None}
     if len(given) > 1:
         other = list(given)[1]
@@ -566,7 +569,12 @@ def _parse_json(body: bytes, *, what: str) -> Any:
         raise RequestRefusedError(f"{what} is no valid JSON: {reason}", code="invalid_json") from None
 
 
-def _parse_size(text: str | None) -> tuple[int, int] | None:
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """Width and height of a text such as ``128x128``.
+
+    Raises:
+        RequestRefusedError: It is none; names ``size``.
+    """
     if text is None:
         return None
     match = _SIZE.fullmatch(text.strip())

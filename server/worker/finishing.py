@@ -26,6 +26,7 @@ from server.jobs.repository import Claim, FinishedWork, log_fields
 from server.logs import bound
 from server.storage import ArtifactInfo, StorageFullError, Variant
 from server.worker.attempts import trace_attempt
+from server.worker.dataset_clips import ClipDroppedError
 from server.worker.progress import ClaimKeeper, ClaimLost, JobCanceled
 from server.worker.publishing import MADE_OF_FRAMES, write_checked, write_origin
 from server.worker.runtime import WorkerRuntime
@@ -176,6 +177,8 @@ def _store(
 ) -> tuple[dict[Variant, ArtifactInfo], float]:
     """Write all files of a clip; returns what was written, and the seconds that encoding took."""
     job = claim.job
+    checkpoint, _ = runtime.pipeline(job.model)
+    runtime.dataset_clips.keep(claim, frames, metadata, checkpoint=checkpoint.directory)
     encode_s = 0.0
 
     def write(variant: Variant, path: Path) -> None:
@@ -237,6 +240,8 @@ def explain(error: Exception) -> tuple[str, str]:
     """(code, message) for the client. Messages of foreign errors may hold paths and stay in the log."""
     if isinstance(error, StorageFullError):
         return "storage_full", "There was no room to store the video."
+    if isinstance(error, ClipDroppedError):
+        return error.code, str(error)
     if isinstance(error, SourceError):
         return "source_invalid", str(error)
     if isinstance(error, CheckpointError):

@@ -25,6 +25,8 @@ from medsora.geometry import CHUNK_FRAMES
 from medsora.manifest import Manifest
 from medsora.request import GenerationRequest, resolve_request
 from server.checkpoints import Catalogue, ServedCheckpoint
+from server.datasets.files import DatasetFiles
+from server.datasets.repository import DatasetRepository
 from server.errors import without_folders
 from server.files.store import FileStore
 from server.jobs.database import Database, migrate
@@ -34,6 +36,7 @@ from server.settings import Settings
 from server.sources.repository import SourceRepository
 from server.storage import ArtifactStore
 from server.worker.batch_limits import BatchLimits, best_size
+from server.worker.dataset_clips import DatasetClips
 
 if TYPE_CHECKING:
     from medsora.pipeline import VideoPipeline
@@ -68,6 +71,9 @@ class WorkerRuntime:
         self.repository = JobRepository(self.database, lease_s=settings.lease_s, max_attempts=settings.max_attempts)
         self.store = ArtifactStore(settings.artifacts_dir)
         self.sources, self.source_store = SourceRepository(self.database), FileStore(settings.sources_dir)
+        self.dataset_clips = DatasetClips(
+            DatasetRepository(self.database, lease_s=settings.lease_s), DatasetFiles(settings.datasets_dir)
+        )
         self._registry = WorkerRegistry(self.database, heartbeat_s=settings.worker_heartbeat_s)
         self._pipelines: dict[str, tuple[ServedCheckpoint, VideoPipeline]] = {}
         self._warm_up_s: dict[str, dict[str, float]] = {}

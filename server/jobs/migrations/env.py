@@ -3,6 +3,7 @@
 from alembic import context
 
 import server.batches.model
+import server.datasets.model
 import server.events.model
 import server.files.model
 import server.idempotency

@@ -27,6 +27,8 @@ from medsora.provenance import SYNTHETIC_NOTE
 from medsora.request import GenerationRequest
 from medsora.video_io import probe_video
 from server.checkpoints import Catalogue
+from server.datasets.files import DatasetFiles
+from server.datasets.repository import DatasetRepository
 from server.jobs.database import Database
 from server.jobs.measures import BATCH_SIZE
 from server.jobs.model import JobStatus
@@ -35,6 +37,7 @@ from server.measures import read_measures
 from server.settings import Settings
 from server.storage import ArtifactStore, Variant
 from server.worker.batch_limits import BatchLimits
+from server.worker.dataset_clips import DatasetClips
 from server.worker.generation import run_jobs
 from server.worker.runtime import WorkerRuntime
 from server.worker.signing import check_signature
@@ -71,7 +74,9 @@ class FakePipeline:
 class Bench:
     """A worker's runtime around the fake model."""
 
-    def __init__(self, folder: Path, repository: JobRepository, checkpoint: Path, most: int = 4) -> None:
+    def __init__(
+        self, folder: Path, repository: JobRepository, database: Database, checkpoint: Path, most: int = 4
+    ) -> None:
         self.model = FakePipeline()
         self.repository = repository
         self.store = ArtifactStore(folder / "artifacts")
@@ -88,6 +93,9 @@ class Bench:
                 store=self.store,
                 stopping=self.stopping,
                 pipeline=lambda name: (served, self.model),
+                dataset_clips=DatasetClips(
+                    DatasetRepository(database, lease_s=60.0), DatasetFiles(folder / "datasets")
+                ),
                 limits=BatchLimits(most),
                 window=lambda name: 16,
                 busy_at=-math.inf,
@@ -111,8 +119,8 @@ def files_of(job_id: str, attempt: int) -> list[str]:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, repository: JobRepository, tiny_checkpoint: Path) -> Bench:
-    return Bench(tmp_path, repository, tiny_checkpoint)
+def bench(tmp_path: Path, repository: JobRepository, database: Database, tiny_checkpoint: Path) -> Bench:
+    return Bench(tmp_path, repository, database, tiny_checkpoint)
 
 
 def test_job_becomes_a_checked_video_that_says_what_it_is(bench: Bench, add_job: AddJob) -> None:

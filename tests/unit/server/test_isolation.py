@@ -17,6 +17,8 @@ from sqlalchemy import func, select
 from medsora.checkpoint import write_tiny_checkpoint
 from server.api.dependencies import Services
 from server.app import create_app
+from server.datasets.files import DatasetFiles
+from server.datasets.repository import DatasetRepository
 from server.jobs.model import Base
 from server.jobs.repository import FinishedWork
 from server.keys.model import ALL_SCOPES
@@ -83,6 +85,32 @@ def make_batch(tenant: Tenant) -> str:
     return tenant.make("/v1/batches", json=order)
 
 
+def make_dataset(tenant: Tenant) -> str:
+    """A dataset of which one clip is done."""
+    made = tenant.make("/v1/datasets", json={"name": "d", "labels": {"covid-convex": 2}})
+    services = tenant.services
+    datasets = DatasetRepository(services.database, lease_s=60.0)
+    dataset = datasets.get(tenant.name, made)
+    assert dataset is not None
+    held = datasets.claim(dataset.seq)
+    assert held is not None
+    (job_id,) = datasets.submit(held, limit=1)
+    claim = services.repository.claim(job_id, worker="w")
+    order = datasets.order_of(job_id)
+    assert claim is not None
+    assert order is not None
+    files = DatasetFiles(services.settings.datasets_dir)
+    files.write(made, job_id, claim.token, lambda path: path.write_bytes(b"0123456789"))
+    part = {"name": ".mp4", "size_bytes": 10, "crc32": 0xA684C7C6, "sha256": "0" * 64}
+    values = {"job_id": job_id, "attempt": claim.token, "size_bytes": 10, "parts": [part], "measures": {}}
+    datasets.add_payload(order, {**values, "frames_sha256": "0" * 64, "fingerprint": b""}, compare=None)
+    work = FinishedWork(artifact="x", size_bytes=1, sha256="0" * 64, sampling_s=1.0, encode_s=1.0, store_s=1.0)
+    assert services.repository.succeed(job_id, claim.token, work)
+    assert datasets.settle(held, limit=5) == 1
+    datasets.release(held)
+    return made
+
+
 def make_webhook(tenant: Tenant) -> str:
     return tenant.make("/v1/webhooks", json={"url": "https://example.com/"})
 
@@ -92,6 +120,7 @@ MAKERS: dict[str, Callable[[Tenant], str]] = {
     "file_id": make_file,
     "batch_id": make_batch,
     "webhook_id": make_webhook,
+    "dataset_id": make_dataset,
 }
 """Path parameter -> how such an object is made."""
 

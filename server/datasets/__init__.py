@@ -1,0 +1,1 @@
+"""Datasets: thousands of labelled clips as one object, each clip an ordinary job."""
