@@ -143,9 +143,9 @@ def test_a_full_disk_is_said_and_nothing_is_left(settings: Settings, monkeypatch
         raise OSError(errno.ENOSPC, "no space")
 
     with TestClient(create_app(settings)) as client:
-        monkeypatch.setattr(store.os, "fsync", full)
-        answer = client.post("/v1/files", files={"file": ("a", LINES)}, data={"purpose": "batch"})
-        monkeypatch.undo()
+        with monkeypatch.context() as patched:
+            patched.setattr(store.os, "fsync", full)
+            answer = client.post("/v1/files", files={"file": ("a", LINES)}, data={"purpose": "batch"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "storage_full")
         assert client.get("/v1/files").json()["data"] == []
     assert stored(settings) == []
