@@ -10,6 +10,7 @@ import enum
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import (
@@ -60,6 +61,7 @@ EXHAUSTED = "attempts_exhausted"
 CANCELLED = "cancelled"
 CANCELLED_MESSAGE = "The job was cancelled."
 _ACCEPTED_NOW = {"created_at": database_now(), "queued_at": database_now()}
+_PLACES_TOLD = 10_000
 CURSOR_KEPT_S = 86_400.0
 """Seconds for which a deleted job still serves as a cursor into the list."""
 
@@ -295,14 +297,19 @@ class JobRepository:
     def queue_places(
         self, job_ids: Collection[str], tenants: Collection[str], *, limit: int
     ) -> list[tuple[JobRecord, int]]:
-        """Waiting jobs among these and of these tenants, with their places in the queue, from 1: the first of them."""
-        place = func.row_number().over(order_by=Job.seq).label("place")
-        queue = select(Job.seq, place).where(Job.status == JobStatus.QUEUED).subquery()
+        """Waiting jobs among these and of these tenants, with their places in the order of claims, from 1.
+
+        Args:
+            limit: Most of them; jobs behind the first 10,000 of the queue are left out.
+        """
+        waits = (Job.status == JobStatus.QUEUED, Job.cancel_requested.is_(False))
         meant = and_(_VISIBLE, or_(Job.id.in_(job_ids), Job.tenant.in_(tenants)))
-        query = select(*_TABLE.c, queue.c.place).join(queue, queue.c.seq == Job.seq).where(meant)
+        query = select(_TABLE).where(*waits, meant).order_by(Job.seq).limit(limit)
         with self._database.read() as connection:
-            rows = connection.execute(query.order_by(Job.seq).limit(limit)).all()
-        return [(job_record({c.name: row._mapping[c.name] for c in _TABLE.c}), row.place) for row in rows]
+            rows = connection.execute(query).all()
+            order = next_ids(connection, waits, limit=_PLACES_TOLD) if rows else []
+        places = {job_id: place for place, job_id in enumerate(order, start=1)}
+        return sorted(((_record(row), places[row.id]) for row in rows if row.id in places), key=itemgetter(1))
 
     def request_cancel(self, job_id: str, *, tenant: str | None = None) -> bool:
         """Cancel a job that waits, ask the worker of one that runs. False when it is neither."""

@@ -84,7 +84,7 @@ def second_api(server: "RunningServer") -> Iterator[str]:
 
 def test_a_job_from_queue_to_end_in_two_processes(server: "RunningServer", second_api: str) -> None:
     blocker = server.submit(steps=300)
-    job_id = server.submit(steps=300)
+    job_id = server.submit(steps=301)  # not to be sampled together with the other
     heard: dict[str, list[dict[str, Any]]] = {}
 
     def listen(name: str, base_url: str, path: str) -> None:

@@ -127,6 +127,18 @@ def test_places_in_the_queue(run: Run, repository: JobRepository, add_job: AddJo
     run(test)
 
 
+def test_places_follow_the_order_of_claims(repository: JobRepository, add_job: AddJob) -> None:
+    plain, urgent, other, gone = add_job(), add_job(priority=5), add_job(tenant="u"), add_job()
+    repository.request_cancel(gone)
+    places = {job.id: place for job, place in repository.queue_places([], ["default", "u"], limit=99)}
+    claimed = []
+    while claims := repository.claim_next(worker="w", most=lambda job: 1):
+        claimed.append(claims[0].job.id)
+    assert sorted(places, key=lambda job_id: places[job_id]) == claimed
+    assert set(claimed) == {plain, urgent, other}
+    assert places[urgent] < places[plain]
+
+
 def test_previews_are_asked_for_while_somebody_looks(run: Run, repository: JobRepository, add_job: AddJob) -> None:
     async def test(follower: Follower) -> None:
         seen, unseen = add_job(), add_job()
