@@ -39,7 +39,7 @@ Frames = np.ndarray[Any, np.dtype[np.uint8]]
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
-_MOST_THREADS = 8
+_MOST_THREADS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +60,8 @@ class Finisher:
 
     def __init__(self, runtime: WorkerRuntime, keeper: ClaimKeeper) -> None:
         self._runtime, self._keeper = runtime, keeper
-        # one core is left to the sampler
-        threads = max(1, min(_MOST_THREADS, (os.cpu_count() or 1) - 1))
+        # two at least: while one waits for the disk, the other encodes; else one core is left to the sampler
+        threads = max(2, min(_MOST_THREADS, (os.cpu_count() or 1) - 1))
         self._encoders = ThreadPoolExecutor(threads, thread_name_prefix="encode")
         self._coordinator = ThreadPoolExecutor(1, thread_name_prefix="finish")
         self._current: Future[None] | None = None
