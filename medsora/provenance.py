@@ -44,7 +44,7 @@ def clip_metadata(
         "height": request.height,
         "width": request.width,
         "num_inference_steps": request.num_inference_steps,
-        "guidance_scale": request.guidance_scale,
+        "guidance_scale": float(request.guidance_scale),  # 1 and 1.0 are the same clip, and the same bytes
         "sampler": request.sampler,
     }
     if source is not None:

@@ -336,6 +336,12 @@ def export_command(
     ema: Annotated[str | None, typer.Option(help=f"Of the denoiser's run. {AVERAGE_HELP}")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the checkpoint; default that of the directory.")] = None,
     report: Annotated[Path | None, typer.Option(help="report.json of an evaluation, for the manifest.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="As the runs had it: fingerprints of its training clips go into the checkpoint (2 MiB at most)."
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Default number of sampling steps.", min=1, max=250)] = 30,
     guidance: Annotated[float, typer.Option(help="Default guidance scale.", min=1.0, max=8.0)] = 1.5,
     sampler: Annotated[
@@ -358,6 +364,7 @@ def export_command(
         average=ema,
         name=name or out.resolve().name,
         metrics=metrics,
+        table=data,
         sampling=Sampling(num_inference_steps=(1, steps, 250), guidance_scale=(1.0, guidance, 8.0), sampler=sampler),
     )
     size = sum(record.size_bytes for record in manifest.files.values())

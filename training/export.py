@@ -14,15 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medsora.checkpoint import load_checkpoint, save_checkpoint
+from medsora.checkpoint import add_fingerprints, load_checkpoint, save_checkpoint
+from medsora.clip_files import fingerprint
 from medsora.config import SHORTCUT, DenoiserConfig, ModelConfig
 from medsora.geometry import CHUNK_FRAMES
 from medsora.manifest import FORMAT_VERSION, Label, Limits, Manifest, normalise_label
 from training.config import DataConfig, TrainConfig
 from training.errors import TrainingError
-from training.runs import RunResult, load_result
+from training.runs import RunResult, load_result, load_split
 
-__all__ = ["Sampling", "describe_labels", "export_checkpoint", "shortcut_limits", "training_data_entries"]
+__all__ = [
+    "Sampling",
+    "describe_labels",
+    "export_checkpoint",
+    "shortcut_limits",
+    "training_data_entries",
+    "training_fingerprints",
+]
 
 INTENDED_USE = (
     "Research on synthetic medical video only. Not for diagnosis, not for training of clinicians, and without "
@@ -35,6 +43,8 @@ FINDINGS = {
     "pneumonia": ("bacterial pneumonia", ("bacterial pneumonia", "pneumonia lung")),
 }
 MAX_ENTRIES = 2000
+MAX_FINGERPRINTS = 2048
+"""Of training windows, 1 KiB each."""
 PROBES = {"convex": ("convex", "curvilinear", "curved"), "linear": ("linear", "linear array")}
 
 
@@ -149,6 +159,7 @@ def export_checkpoint(
     licence: str | None = None,
     metrics: dict[str, Any] | None = None,
     sampling: Sampling | None = None,
+    table: Path | None = None,
 ) -> Manifest:
     """Write a checkpoint directory from the averaged weights of two runs.
 
@@ -159,6 +170,8 @@ def export_checkpoint(
         average: Which of the denoiser's averages; default its first.
         licence: Of the weights; default CC BY 4.0 for the lung-ultrasound data, else those of the clips.
         metrics: Figures for the manifest, e.g. of :mod:`training.evaluate`.
+        table: As for :func:`training.runs.load_split`: fingerprints of its training clips go into the checkpoint, so
+            that a server can drop copies of them; None: there are none.
 
     Raises:
         TrainingError: The runs do not belong together, the folder is something else, or the round trip
@@ -191,11 +204,21 @@ def export_checkpoint(
             scratch, config=config, autoencoder=coder, denoiser=denoiser.weights, manifest=manifest
         )
         _verify(scratch, coder, denoiser.weights)
+        if table is not None:
+            written = add_fingerprints(scratch, training_fingerprints(table, data, config))
         shutil.rmtree(directory, ignore_errors=True)
         scratch.replace(directory)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return written
+
+
+def training_fingerprints(table: Path, data: DataConfig, config: ModelConfig) -> bytes:
+    """Fingerprints of training windows, evenly spaced where there are more than :data:`MAX_FINGERPRINTS`."""
+    clips = load_split(table, data, config, "train", device=torch.device("cpu"))
+    windows = torch.linspace(0, len(clips) - 1, min(len(clips), MAX_FINGERPRINTS)).round().long()
+    unchanged = torch.zeros(1, dtype=torch.bool)
+    return b"".join(fingerprint(clips.gather(window, unchanged)[0].numpy()) for window in windows.split(1))
 
 
 def _autoencoder(path: Path, wanted: str | None) -> tuple[dict[str, Tensor], str, dict[str, Any]]:

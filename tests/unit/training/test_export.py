@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from medsora.checkpoint import load_checkpoint
+from medsora.checkpoint import load_checkpoint, load_fingerprints
+from medsora.clip_files import FINGERPRINT_BYTES, fingerprint_distances
+from medsora.errors import CheckpointError
 from medsora.manifest import read_manifest
 from medsora.pipeline import VideoPipeline
 from medsora.request import resolve_label, resolve_request
@@ -99,6 +101,21 @@ def test_a_second_denoiser_may_start_from_the_checkpoint(made: Path, table: Path
     assert (tmp_path / "c/autoencoder.safetensors").read_bytes() == (
         made / "checkpoint/autoencoder.safetensors"
     ).read_bytes()
+
+
+def test_fingerprints_of_the_training_clips_go_into_the_checkpoint(made: Path, table: Path, tmp_path: Path) -> None:
+    manifest = export_checkpoint(
+        tmp_path / "c", autoencoder_run=made / "checkpoint", denoiser_run=made / "dn", name="marked", table=table
+    )
+    marks = load_fingerprints(tmp_path / "c")
+    assert len(marks) % FINGERPRINT_BYTES == 0 < len(marks)
+    stacked = np.frombuffer(marks, np.uint8).reshape(-1, FINGERPRINT_BYTES)
+    assert fingerprint_distances(marks[:FINGERPRINT_BYTES], stacked)[0] == 0.0
+    assert load_checkpoint(tmp_path / "c").manifest.fingerprints == manifest.fingerprints
+    (tmp_path / "c" / "fingerprints.bin").write_bytes(bytes(len(marks)))
+    with pytest.raises(CheckpointError, match="altered"):
+        load_fingerprints(tmp_path / "c")
+    assert read_manifest(made / "checkpoint").fingerprints is None
 
 
 def test_averages_are_chosen_after_training(table: Path, tmp_path: Path) -> None:
