@@ -218,7 +218,7 @@ def training_fingerprints(table: Path, data: DataConfig, config: ModelConfig) ->
     clips = load_split(table, data, config, "train", device=torch.device("cpu"))
     windows = torch.linspace(0, len(clips) - 1, min(len(clips), MAX_FINGERPRINTS)).round().long()
     unchanged = torch.zeros(1, dtype=torch.bool)
-    return b"".join(fingerprint(clips.gather(window, unchanged)[0].numpy()) for window in windows.split(1))
+    return b"".join(fingerprint(clips.gather(window, unchanged)[0].numpy()) for window in windows[:, None])
 
 
 def _autoencoder(path: Path, wanted: str | None) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
