@@ -172,7 +172,9 @@ class Denoiser(nn.Module):
             x = block(x, embedding, self.backend)
         return self._head(x, embedding)
 
-    def _embed(self, latents: Tensor, t: Tensor, condition: Tensor, step: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _embed(
+        self, latents: Tensor, t: Tensor, condition: Tensor, step: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Tokens of all patches (b f h w d), and what modulates each frame (b f d)."""
         patch = self.config.patch_size
         x: Tensor = self.patch_in(rearrange(latents, "b c f (h p) (w q) -> b f h w (c p q)", p=patch, q=patch))

@@ -167,7 +167,10 @@ class Finisher:
     def _fail(self, claim: Claim, error: Exception) -> None:
         code, message = explain(error)
         with bound(**log_fields(claim.job)):
-            logger.error("%s failed: %s", claim.job.id, code, exc_info=error)
+            if isinstance(error, ClipDroppedError):
+                logger.info("%s is dropped: %s", claim.job.id, code)
+            else:
+                logger.error("%s failed: %s", claim.job.id, code, exc_info=error)
         settle(lambda: self._runtime.repository.fail(claim.job.id, claim.token, code=code, message=message))
         trace_attempt(claim, code)
 

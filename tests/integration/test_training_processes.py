@@ -115,7 +115,7 @@ def test_two_processes_do_what_one_does(folder: Path, task: str, strategy: str) 
     assert len(ours) == worker.STEPS
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)
     # the sums are rounded in another order, and AdamW divides small differences by small numbers
-    np.testing.assert_allclose(ours, theirs, rtol=5e-3 if task == "autoencoder" else 1e-5, atol=1e-7)
+    np.testing.assert_allclose(ours, theirs, rtol=2e-2 if task == "autoencoder" else 1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

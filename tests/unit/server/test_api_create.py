@@ -61,6 +61,9 @@ def test_answer_is_a_queued_video_with_every_choice_made(client: TestClient) -> 
         "sha256": None,
         "source": None,
         "source_video_id": None,
+        "priority": 0,
+        "deterministic": False,
+        "batch_size": None,
     }
 
 
