@@ -7,7 +7,6 @@ or not yet. Nothing is kept in memory between two portions.
 
 import itertools
 import logging
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -24,27 +23,28 @@ from server.batches.repository import (
     BatchRecord,
     BatchRepository,
     CheckedLine,
-    ClaimLostError,
     FinishedFile,
     PendingLine,
     SubmittedLine,
     input_in_use,
 )
+from server.bulk_runner import BulkRunner
 from server.checkpoints import Catalogue
 from server.errors import RequestRefusedError, ServiceError
 from server.files.model import new_file_id
 from server.files.repository import FileRepository
 from server.files.service import FileService
 from server.files.store import FileStore, FoundFile
+from server.jobs.bulk import PRIORITY, ClaimLostError
 from server.jobs.database import Database
-from server.jobs.queue import JobQueue, QueueError
+from server.jobs.queue import JobQueue
 from server.jobs.repository import JobRepository
 from server.jobs.service import JobService
 from server.keys.limits import Limits
 from server.settings import Settings
 from server.sources.repository import SourceRepository
 from server.sources.service import SourceService
-from server.storage import ArtifactStore, StorageFullError
+from server.storage import ArtifactStore
 
 __all__ = ["BatchRunner", "make_batch_runner"]
 
@@ -53,21 +53,15 @@ logger = logging.getLogger(__name__)
 MAX_LINES = 50_000
 MAX_PROBLEMS = 100
 """A file with more of them is not read any further."""
-_PRIORITY = -5
-"""Of lines that name none: one who waits for an answer comes before one's own batches."""
 _CHECK_LINES, _CHECK_BYTES = 2000, 16 * 2**20
 _SUBMIT_LINES = 500
 _RESULT_LINES = 500
 _SETTLE_LINES = 1000
-_LEAST_QUEUED = 8
-"""Jobs that may wait whatever the pace: else a start from rest would never come about."""
 _HOLD_LOOKS = 5
 _REMOVE_FILES = 100
-_ORPHAN_S = 3600.0
-"""Nobody is still writing a file that has not grown for so long."""
 
 
-class BatchRunner:
+class BatchRunner(BulkRunner):
     """Looks at all batches again and again.
 
     Args:
@@ -89,46 +83,11 @@ class BatchRunner:
         repository: JobRepository,
         queue: JobQueue,
     ) -> None:
-        self._settings = settings
+        super().__init__(settings, kind="batch", orders=batches, repository=repository, queue=queue)
         self._batches, self._files, self._store = batches, files, store
         self._jobs, self._sources = jobs, sources
-        self._repository, self._queue = repository, queue
-        self._next_scan = 0.0  # of the steady clock
         self._held_until: dict[int, float] = {}
         """Of batches whose tenant has used up a quota: when it is worth to look again, of the steady clock."""
-
-    def run(self, stop: threading.Event) -> None:
-        """Work until ``stop`` is set. An outage of database, broker or disk is waited out."""
-        while not stop.is_set():
-            try:
-                moved = self.look()
-                self.tidy()
-                if time.monotonic() >= self._next_scan:
-                    self._next_scan = time.monotonic() + self._settings.orphan_scan_s
-                    self.remove_orphans(older_than_s=_ORPHAN_S)
-            except Exception:  # whatever it is, batches go on when it is over
-                logger.exception("batches: a look failed")
-                moved = False
-            if not moved:
-                stop.wait(self._settings.batch_interval_s)
-
-    def look(self) -> bool:
-        """Do one portion of work on each batch; returns whether there is more to do at once."""
-        moved = False
-        try:
-            room = self._room()
-            active = self._batches.with_work(has_room=room > 0)
-        except SQLAlchemyError as error:
-            logger.warning("batches: %s", error)
-            return False
-        for seq in active:
-            try:
-                moved |= self._advance(seq, share=-(-room // len(active)))
-            except ClaimLostError as error:
-                logger.info("%s is not what it was: cancelled, or worked on by another", error)
-            except (SQLAlchemyError, OSError, StorageFullError) as error:
-                logger.warning("batch %d waits: %s", seq, error)
-        return moved
 
     def tidy(self) -> None:
         """Remove the bytes of files that were deleted or have expired, and those that no row names."""
@@ -277,14 +236,6 @@ class BatchRunner:
                 except (SQLAlchemyError, OSError) as error:
                     logger.warning("a source is left to the sweeper: %s", error)
 
-    def _room(self) -> int:
-        """Number of jobs that batches may make now, so that other requests still find a place in the queue."""
-        settings = self._settings
-        pace = self._repository.count_done(within_s=settings.batch_queued_s, limit=settings.batch_queued_jobs)
-        of_batches = min(settings.batch_queued_jobs, max(_LEAST_QUEUED, pace)) - self._batches.waiting_jobs()
-        of_all = settings.max_queued_jobs // 2 - self._repository.count_waiting()
-        return max(0, min(of_batches, of_all))
-
     def _resolve(self, batch: BatchRecord, lines: Sequence[PendingLine]) -> list[SubmittedLine]:
         """What becomes of these lines; ends early where the server can take no more at the moment."""
         resolved = []
@@ -295,7 +246,7 @@ class BatchRunner:
                     request = read_line(file.read(line.length), endpoint=batch.endpoint)
                     order, source = order_of(request.body)
                     if order.priority is None:
-                        order = replace(order, priority=_PRIORITY)
+                        order = replace(order, priority=PRIORITY)
                     if source is None:
                         job = self._jobs.resolve(batch.tenant, order)
                     else:
@@ -309,16 +260,6 @@ class BatchRunner:
                 else:
                     resolved.append(SubmittedLine(line.line, job, None))
         return resolved
-
-    def _publish(self, job_ids: Sequence[str]) -> None:
-        if not job_ids:
-            return
-        try:
-            self._queue.publish_hints([(job_id, 0) for job_id in job_ids])
-        except QueueError as error:
-            logger.warning("%s; the reaper will publish %d jobs", error, len(job_ids))
-            return
-        self._repository.mark_published(job_ids)
 
     def _end(self, claim: BatchClaim) -> bool:
         """Stop what is not done, and write the files once all of it has stopped."""

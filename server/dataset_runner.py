@@ -6,17 +6,14 @@ Nothing is kept in memory between two portions.
 """
 
 import logging
-import threading
 import time
-from collections.abc import Sequence
 
-from sqlalchemy.exc import SQLAlchemyError
-
+from server.bulk_runner import BulkRunner
 from server.datasets.files import DatasetFiles
 from server.datasets.model import DatasetStatus
-from server.datasets.repository import ClaimLostError, DatasetRecord, DatasetRepository
+from server.datasets.repository import DatasetRecord, DatasetRepository
 from server.jobs.database import Database
-from server.jobs.queue import JobQueue, QueueError
+from server.jobs.queue import JobQueue
 from server.jobs.repository import JobRepository
 from server.keys.limits import Limits
 from server.settings import Settings
@@ -28,10 +25,6 @@ logger = logging.getLogger(__name__)
 _SUBMIT_CLIPS = 200
 _SETTLE_CLIPS = 200
 _REMOVE_JOBS = 200
-_LEAST_QUEUED = 8
-"""Jobs that may wait whatever the pace: else a start from rest would never come about."""
-_ORPHAN_S = 3600.0
-"""Nobody is still making a clip whose file has lain there for so long without becoming part of a dataset."""
 
 
 def make_dataset_runner(settings: Settings, *, database: Database, queue: JobQueue) -> "DatasetRunner":
@@ -46,7 +39,7 @@ def make_dataset_runner(settings: Settings, *, database: Database, queue: JobQue
     )
 
 
-class DatasetRunner:
+class DatasetRunner(BulkRunner):
     """Looks at all datasets again and again.
 
     Args:
@@ -63,42 +56,8 @@ class DatasetRunner:
         repository: JobRepository,
         queue: JobQueue,
     ) -> None:
-        self._settings = settings
+        super().__init__(settings, kind="dataset", orders=datasets, repository=repository, queue=queue)
         self._datasets, self._files = datasets, files
-        self._repository, self._queue = repository, queue
-        self._next_scan = 0.0  # of the steady clock
-
-    def run(self, stop: threading.Event) -> None:
-        """Work until ``stop`` is set. An outage of database, broker or disk is waited out."""
-        while not stop.is_set():
-            try:
-                moved = self.look()
-                if time.monotonic() >= self._next_scan:
-                    self._next_scan = time.monotonic() + self._settings.orphan_scan_s
-                    self.remove_orphans(older_than_s=_ORPHAN_S)
-            except Exception:  # whatever it is, datasets go on when it is over
-                logger.exception("datasets: a look failed")
-                moved = False
-            if not moved:
-                stop.wait(self._settings.batch_interval_s)
-
-    def look(self) -> bool:
-        """Do one portion of work on each dataset; returns whether there is more to do at once."""
-        moved = False
-        try:
-            room = self._room()
-            active = self._datasets.with_work(has_room=room > 0)
-        except SQLAlchemyError as error:
-            logger.warning("datasets: %s", error)
-            return False
-        for seq in active:
-            try:
-                moved |= self._advance(seq, share=-(-room // len(active)))
-            except ClaimLostError as error:
-                logger.info("%s is not what it was: cancelled, deleted, or worked on by another", error)
-            except (SQLAlchemyError, OSError) as error:
-                logger.warning("dataset %d waits: %s", seq, error)
-        return moved
 
     def remove_orphans(self, *, older_than_s: float) -> int:
         """Remove files of attempts that came to nothing, and of datasets that have gone; returns their number."""
@@ -148,21 +107,3 @@ class DatasetRunner:
         self._files.remove_all(claim.id)
         logger.info("%s has gone", claim.id)
         return True
-
-    def _room(self) -> int:
-        """Number of jobs that datasets may make now, so that other requests are not kept waiting by them."""
-        settings = self._settings
-        pace = self._repository.count_done(within_s=settings.batch_queued_s, limit=settings.batch_queued_jobs)
-        of_datasets = min(settings.batch_queued_jobs, max(_LEAST_QUEUED, pace)) - self._datasets.waiting_jobs()
-        of_all = settings.max_queued_jobs // 2 - self._repository.count_waiting()
-        return max(0, min(of_datasets, of_all))
-
-    def _publish(self, job_ids: Sequence[str]) -> None:
-        published = []
-        try:
-            for job_id in job_ids:
-                self._queue.publish(job_id, 0)
-                published.append(job_id)
-        except QueueError as error:
-            logger.warning("%s; the reaper will publish %d jobs", error, len(job_ids) - len(published))
-        self._repository.mark_published(published)

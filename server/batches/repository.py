@@ -30,8 +30,9 @@ from server.files.model import File
 from server.files.repository import insert_file
 from server.files.store import WrittenFile
 from server.idempotency import note_made
+from server.jobs.bulk import AT_END, QUEUE_SHARE, ClaimLostError
 from server.jobs.database import Database, database_now
-from server.jobs.model import TERMINAL, Job, JobStatus
+from server.jobs.model import Job, JobStatus
 from server.jobs.repository import JobRecord, insert_jobs, job_record
 from server.keys.limits import NO_LIMITS, Limits, fitting
 
@@ -40,7 +41,6 @@ __all__ = [
     "BatchRecord",
     "BatchRepository",
     "CheckedLine",
-    "ClaimLostError",
     "FinishedFile",
     "LineResult",
     "PendingLine",
@@ -52,10 +52,6 @@ __all__ = [
 _BATCH: Any = Batch.__table__
 _LINE: Any = BatchLine.__table__
 _JOB: Any = Job.__table__
-QUEUE_SHARE = 0.5
-_FINISHED_JOBS = sorted(status.value for status in TERMINAL)
-_AT_END = or_(Job.id.is_(None), Job.deleted_at.is_not(None), Job.status.in_(_FINISHED_JOBS))
-"""Of a line's job, joined from outside: nothing more will come of it."""
 _ENTERED_AT = {
     BatchStatus.IN_PROGRESS: "in_progress_at",
     BatchStatus.FINALIZING: "finalizing_at",
@@ -64,10 +60,6 @@ _ENTERED_AT = {
     BatchStatus.CANCELLING: "cancelling_at",
     BatchStatus.CANCELLED: "cancelled_at",
 }
-
-
-class ClaimLostError(Exception):
-    """Another process has taken over the batch, or its state is not what it was."""
 
 
 class TooManyBatchesError(Exception):
@@ -268,7 +260,7 @@ class BatchRepository:
         ended = (
             select(BatchLine.line)
             .join(Job, Job.id == BatchLine.job_id, isouter=True)
-            .where(BatchLine.batch_seq == Batch.seq, BatchLine.state == LineState.SUBMITTED, _AT_END)
+            .where(BatchLine.batch_seq == Batch.seq, BatchLine.state == LineState.SUBMITTED, AT_END)
             .exists()
         )
         all_done = ~pending & ~submitted
@@ -437,7 +429,7 @@ class BatchRepository:
         query = (
             select(BatchLine.line, succeeded.label("succeeded"))
             .join(Job, Job.id == BatchLine.job_id, isouter=True)
-            .where(submitted, _AT_END)
+            .where(submitted, AT_END)
             .limit(limit)
         )
         with self._database.read() as connection:

@@ -39,13 +39,13 @@ from server.datasets.model import (
 )
 from server.events.log import emit
 from server.idempotency import note_made
+from server.jobs.bulk import AT_END, FINISHED, PRIORITY, QUEUE_SHARE, ClaimLostError
 from server.jobs.database import Database, database_now
-from server.jobs.model import TERMINAL, Job, JobStatus
+from server.jobs.model import Job, JobStatus
 from server.jobs.repository import insert_jobs
 from server.keys.limits import NO_LIMITS, Limits, fitting
 
 __all__ = [
-    "ClaimLostError",
     "ClipOrder",
     "ClipRecord",
     "DatasetRecord",
@@ -57,17 +57,7 @@ _DATASET: Any = Dataset.__table__
 _CLIP: Any = DatasetClip.__table__
 _DROP: Any = DatasetDrop.__table__
 _PAYLOAD: Any = DatasetPayload.__table__
-QUEUE_SHARE = 0.5
-PRIORITY = -5
-"""Of the jobs: whatever else the tenant asks for comes first."""
 _PORTION = 500
-_FINISHED_JOBS = sorted(status.value for status in TERMINAL)
-_AT_END = or_(Job.id.is_(None), Job.deleted_at.is_not(None), Job.status.in_(_FINISHED_JOBS))
-"""Of a clip's job, joined from outside: nothing more will come of it."""
-
-
-class ClaimLostError(Exception):
-    """Another process has taken over the dataset, or its state is not what it was."""
 
 
 class TooManyDatasetsError(Exception):
@@ -294,7 +284,7 @@ class DatasetRepository:
         ended = (
             select(DatasetClip.number)
             .join(Job, Job.id == DatasetClip.job_id, isouter=True)
-            .where(of_dataset, DatasetClip.state == ClipState.SUBMITTED, _AT_END)
+            .where(of_dataset, DatasetClip.state == ClipState.SUBMITTED, AT_END)
             .exists()
         )
         due = [
@@ -419,7 +409,7 @@ class DatasetRepository:
                 and_(DatasetPayload.job_id == Job.id, DatasetPayload.attempt == Job.attempt),
                 isouter=True,
             )
-            .where(DatasetClip.dataset_seq == claim.seq, DatasetClip.state == ClipState.SUBMITTED, _AT_END)
+            .where(DatasetClip.dataset_seq == claim.seq, DatasetClip.state == ClipState.SUBMITTED, AT_END)
             .order_by(DatasetClip.number)
             .limit(limit)
         )
@@ -475,7 +465,7 @@ class DatasetRepository:
                 DatasetClip.dataset_seq == claim.seq,
                 DatasetClip.state == ClipState.SUBMITTED,
                 Job.cancel_requested.is_(False),
-                Job.status.not_in(_FINISHED_JOBS),
+                Job.status.not_in(FINISHED),
             )
         )
         with self._database.read() as connection:

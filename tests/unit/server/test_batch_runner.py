@@ -20,11 +20,12 @@ from server import batch_runner
 from server.app import create_app
 from server.batch_runner import BatchRunner, make_batch_runner
 from server.batches.model import Batch, BatchLine
-from server.batches.repository import BatchRepository, ClaimLostError
+from server.batches.repository import BatchRepository
 from server.checkpoints import Catalogue
 from server.events.model import Event
 from server.files.model import File
 from server.files.store import FileStore
+from server.jobs.bulk import ClaimLostError
 from server.jobs.database import Database, database_now
 from server.jobs.model import Job, JobStatus
 from server.jobs.queue import QueueError

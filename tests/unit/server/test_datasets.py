@@ -6,7 +6,7 @@ import json
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from server.dataset_runner import DatasetRunner
 from server.datasets import repository as dataset_repository
 from server.datasets.files import DatasetFiles
 from server.datasets.model import Dataset, DatasetClip, DatasetPayload, clip_seed, planned_clips, split_counts
-from server.datasets.repository import ClaimLostError, DatasetRepository
+from server.datasets.repository import DatasetRepository
+from server.jobs.bulk import ClaimLostError
 from server.jobs.database import Database
 from server.jobs.model import Job, JobStatus
 from server.jobs.queue import QueueError
@@ -42,7 +43,7 @@ class SilentQueue:
 
     is_down = False
 
-    def publish(self, job_id: str, attempt: int) -> None:
+    def publish_hints(self, jobs: Sequence[tuple[str, int]]) -> None:
         if self.is_down:
             raise QueueError("down")
 
