@@ -108,7 +108,8 @@ def test_a_job_from_queue_to_end_in_two_processes(server: "RunningServer", secon
         steps = [event["data"]["data"]["steps_done"] for event in events if event["event"] == "video.progress"]
         assert steps == sorted(steps)
         places = [event["data"]["data"].get("queue_position") for event in events if event["event"] == "video.queued"]
-        assert places == [None, 1]
+        # The worker may not have taken the blocker yet when the first place is told.
+        assert places in ([None, 1], [None, 2, 1])
         seqs = [int(event["id"]) for event in events if "id" in event]
         assert seqs == sorted(set(seqs))
     assert not [event for event in heard["first"] if event["event"] == "video.preview"]
