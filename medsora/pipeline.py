@@ -18,7 +18,7 @@ from torch import Tensor
 
 from medsora.checkpoint import LoadedCheckpoint, load_checkpoint
 from medsora.diffusion.guidance import guided
-from medsora.diffusion.path import held, interpolate
+from medsora.diffusion.path import each_frame, held, interpolate
 from medsora.diffusion.samplers import SAMPLERS, OnStep, Watch, sample
 from medsora.errors import BackendError, CheckpointError, VideoError
 from medsora.geometry import CHUNK_FRAMES, TEMPORAL_STRIDE, latent_shape
@@ -362,10 +362,7 @@ class VideoPipeline:
     def _predict(self, x: Tensor, t: Any, condition: Tensor, *step: Any) -> Tensor:
         """The network at one time for all frames, or at one of each; the sampler's state keeps its type, only the
         network has its own."""
-        times, *steps = (
-            torch.as_tensor(value, dtype=torch.float32, device=x.device).expand(x.shape[0], x.shape[2])
-            for value in (t, *step)
-        )
+        times, *steps = (each_frame(value, x) for value in (t, *step))
         predicted: Tensor = self.denoiser(x.to(self.dtype), times, condition, *steps)
         return predicted.to(x.dtype)
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from medsora.diffusion.path import each_frame
 from medsora.diffusion.samplers import SAMPLERS, sample
 from medsora.models.autoencoder import VideoAutoencoder
 from medsora.models.denoiser import Denoiser
@@ -22,7 +23,7 @@ from training.objective import (
     flow_matching_loss,
     noise_prediction_loss,
 )
-from training.shown import named_videos, spread_windows
+from training.shown import named_videos, shown_noise
 
 __all__ = ["DenoiserTask"]
 
@@ -153,14 +154,11 @@ class DenoiserTask:
         """Samples in few steps, without guidance, for conditions of the test split and the same noise every time."""
         if self.autoencoder is None:
             return {}
-        latents, device = self.test.latents, self.test.latents.device
-        condition = self.test.conditions[spread_windows(len(self.test), device)]
-        generator = torch.Generator(device).manual_seed(0)
-        noise = torch.randn(len(condition), *latents.shape[1:], generator=generator, device=device)
+        noise, condition = shown_noise(self.test)
         sampler = SAMPLERS["euler" if self._model.config.prediction == "velocity" else "ddim"]
 
         def predict(x: Tensor, t: float) -> Tensor:
-            return cast(Tensor, average(x, torch.full((len(x), x.shape[2]), float(t), device=device), condition))
+            return cast(Tensor, average(x, each_frame(t, x), condition))
 
         return named_videos("sample", self.autoencoder.decode(sample(sampler.steps(SHOWN_STEPS), predict, noise)))
 

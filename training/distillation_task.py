@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medsora.diffusion.path import held
+from medsora.diffusion.path import each_frame, held
 from medsora.diffusion.samplers import sample, shortcut_steps
 from medsora.models.autoencoder import VideoAutoencoder
 from medsora.models.denoiser import Denoiser
@@ -23,7 +23,7 @@ from training.data.latents import LatentSet
 from training.denoiser_task import EVALUATION_BATCH, DenoiserTask
 from training.errors import TrainingError
 from training.objective import flow_matching_loss
-from training.shown import named_videos, spread_windows
+from training.shown import named_videos, shown_noise
 from training.trajectories import Trajectories, draw_jumps
 
 __all__ = ["DistillationTask"]
@@ -89,10 +89,7 @@ class DistillationTask(DenoiserTask):
         shown = super().show(average)
         if self.autoencoder is None:
             return shown
-        device = self.test.latents.device
-        condition = self.test.conditions[spread_windows(len(self.test), device)]
-        generator = torch.Generator(device).manual_seed(0)
-        noise = torch.randn(len(condition), *self.test.latents.shape[1:], generator=generator, device=device)
+        noise, condition = shown_noise(self.test)
         made = _sample(average, noise, condition, self.distillation.steps[0])
         return shown | named_videos("sample by shortcut", self.autoencoder.decode(made))
 
@@ -100,11 +97,8 @@ class DistillationTask(DenoiserTask):
 def _sample(
     network: nn.Module, noise: Tensor, condition: Tensor, num_steps: int, is_known: Tensor | None = None
 ) -> Tensor:
-    def of_frames(value: Any) -> Tensor:
-        return torch.as_tensor(value, dtype=torch.float32, device=noise.device).expand(len(noise), noise.shape[2])
-
     def predict(x: Tensor, t: Any, step: Any) -> Tensor:
-        return cast(Tensor, network(x, of_frames(t), condition, of_frames(step))).float()
+        return cast(Tensor, network(x, each_frame(t, x), condition, each_frame(step, x))).float()
 
     velocity: Callable[..., Tensor] = predict if is_known is None else held(predict, is_known)
     return sample(shortcut_steps(num_steps), velocity, noise)

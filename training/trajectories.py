@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from medsora.diffusion.guidance import guided
-from medsora.diffusion.path import held
+from medsora.diffusion.path import each_frame, held
 from medsora.diffusion.samplers import euler_steps, sample
 from medsora.diffusion.schedule import timesteps
 from medsora.models.denoiser import Denoiser
@@ -93,8 +93,7 @@ def record_trajectories(
     states = torch.empty(config.trajectories, max(config.steps) + 1, *shape, dtype=torch.float16, device=device)
 
     def predict(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        times = torch.as_tensor(t, dtype=torch.float32, device=device).expand(len(x), x.shape[2])
-        return cast(Tensor, teacher(x, times, condition)).float()
+        return cast(Tensor, teacher(x, each_frame(t, x), condition)).float()
 
     for begin in range(0, config.trajectories, RECORD_BATCH):
         some = slice(begin, min(begin + RECORD_BATCH, config.trajectories))

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-__all__ = ["data_between", "held", "interpolate", "to_data", "to_noise", "velocity_target"]
+__all__ = ["data_between", "each_frame", "held", "interpolate", "to_data", "to_noise", "velocity_target"]
 
 
 def _over_latents(t: Tensor) -> Tensor:  # (b f) -> (b 1 f 1 1)
@@ -56,6 +56,15 @@ def data_between(
     return to_data(after, velocity, after.new_full((after.shape[0], after.shape[2]), t_next))
 
 
+def each_frame(value: Any, x: Float[Tensor, "b c f h w"]) -> Float[Tensor, "b f"]:
+    """A time, or the size of a step, that all latent frames of ``x`` share or that is given for each, as (b f).
+
+    At least float32, whatever the type of ``x``: bfloat16 has no room for 250 times.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.as_tensor(value, dtype=dtype, device=x.device).expand(x.shape[0], x.shape[2])
+
+
 def held(predict: Callable[..., Tensor], is_known: Bool[Tensor, "b f"]) -> Callable[..., Float[Tensor, "b c f h w"]]:
     """``(x, t) -> velocity``, or ``(x, t, step)``, for clips with frames that are known: those are at t = 0, and stay.
 
@@ -64,12 +73,8 @@ def held(predict: Callable[..., Tensor], is_known: Bool[Tensor, "b f"]) -> Calla
         is_known: In ``x`` these frames must hold the data, from the start; samplers leave them as they are.
     """
 
-    def of_frames(value: Any, like: Tensor) -> Tensor:
-        values = torch.as_tensor(value, dtype=like.dtype, device=like.device)
-        return values.expand(is_known.shape).masked_fill(is_known, 0.0)
-
     def velocity(x: Tensor, t: Any, *step: Any) -> Tensor:
-        predicted = predict(x, *(of_frames(value, x) for value in (t, *step)))
+        predicted = predict(x, *(each_frame(value, x).masked_fill(is_known, 0.0) for value in (t, *step)))
         return predicted.masked_fill(_over_latents(is_known), 0.0)
 
     return velocity
