@@ -39,7 +39,7 @@ class MeasureSum(Base):
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """Something that is observed: a histogram, or with no edges a counter.
+    """Something that is observed: a histogram, or with no edges a counter, of the sum of the values.
 
     Args:
         name: As in /metrics; of a counter without ``_total``.

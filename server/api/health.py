@@ -12,10 +12,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from server.api.dependencies import Services, ServicesDep
 from server.errors import error_body, without_folders
-from server.jobs.measures import JOB_MEASURES
-from server.jobs.model import TERMINAL, JobStatus
+from server.jobs.measures import JOB_MEASURES, zeros
+from server.jobs.model import JobStatus
 from server.jobs.queue import QueueError
-from server.jobs.totals import Totals, read_totals
 from server.jobs.workers import WorkerRecord
 from server.measures import Sums, read_measures
 from server.observability import HTTP_SECONDS
@@ -104,10 +103,14 @@ def metrics(services: ServicesDep) -> Response:
     """
     services.http_metrics.flush()
     measured = read_measures(services.database, MEASURES)
-    totals = read_totals(services.database)
+    for model in services.catalogue.names:
+        for measure, labels in zeros(model):
+            measured[measure.name].setdefault(labels, Sums())
+    live = services.repository.count_live()
+    models = sorted({*services.catalogue.names, *(model for model, _ in live)})
     workers = services.workers.alive()
     registry = CollectorRegistry()
-    registry.register(_Collected(lambda: _job_metrics(totals)))
+    registry.register(_Collected(lambda: _live_metrics(live, models)))
     registry.register(_Collected(lambda: _measured_metrics(measured)))
     registry.register(_Collected(lambda: _worker_metrics(workers)))
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
@@ -123,24 +126,13 @@ class _Collected:
         return self._function()
 
 
-def _job_metrics(totals: dict[tuple[str, JobStatus], Totals]) -> Iterable[Metric]:
+def _live_metrics(live: dict[tuple[str, JobStatus], int], models: list[str]) -> Iterable[Metric]:
     waiting = GaugeMetricFamily("medsora_num_requests_waiting", "Jobs in the queue.", labels=["model"])
     running = GaugeMetricFamily("medsora_num_requests_running", "Jobs that a worker holds.", labels=["model"])
-    requests = CounterMetricFamily("medsora_requests", "Finished jobs.", labels=["model", "status"])
-    frames = CounterMetricFamily("medsora_frames_generated", "Frames of completed videos.", labels=["model"])
-    video_s = CounterMetricFamily("medsora_video_seconds_generated", "Length of completed videos.", labels=["model"])
-    redelivered = CounterMetricFamily("medsora_jobs_redelivered", "Second and further attempts.", labels=["model"])
-    for model in sorted({model for model, _ in totals}):
-        of = {status: totals.get((model, status), Totals()) for status in JobStatus}
-        waiting.add_metric([model], of[JobStatus.QUEUED].jobs)
-        running.add_metric([model], of[JobStatus.RUNNING].jobs)
-        for status in sorted(TERMINAL):
-            requests.add_metric([model, status.value], of[status].jobs)
-        done = of[JobStatus.SUCCEEDED]
-        frames.add_metric([model], done.frames)
-        video_s.add_metric([model], done.video_s)
-        redelivered.add_metric([model], sum(total.redelivered for total in of.values()))
-    return [waiting, running, requests, frames, video_s, redelivered]
+    for model in models:
+        waiting.add_metric([model], live.get((model, JobStatus.QUEUED), 0))
+        running.add_metric([model], live.get((model, JobStatus.RUNNING), 0))
+    return [waiting, running]
 
 
 def _measured_metrics(measured: dict[str, dict[tuple[str, ...], Sums]]) -> Iterable[Metric]:
@@ -151,7 +143,7 @@ def _measured_metrics(measured: dict[str, dict[tuple[str, ...], Sums]]) -> Itera
             if measure.edges:
                 histogram.add_metric(labels, sums.cumulative(measure), sum_value=sums.total)
             else:
-                counter.add_metric(labels, sums.count)
+                counter.add_metric(labels, sums.total)
         yield histogram if measure.edges else counter
 
 

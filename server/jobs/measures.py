@@ -1,4 +1,4 @@
-"""What is measured of jobs: when they end, and of the batches that they are sampled in."""
+"""What is measured of jobs: when they are tried again, when they end, and of the batches that they are sampled in."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from sqlalchemy import Connection
 from server.jobs.model import TERMINAL, JobStatus
 from server.measures import Measure, Observation, add_observations
 
-__all__ = ["BATCH_SIZE", "JOB_MEASURES", "measure_ended"]
+__all__ = ["BATCH_SIZE", "JOB_MEASURES", "measure_claimed", "measure_ended", "zeros"]
 
 # A tiny model on an idle GPU takes milliseconds; long clips on a CPU, or at the end of a long queue, half an hour.
 _LATENCY_EDGES = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
@@ -59,7 +59,27 @@ FAILURES = Measure(
     labels=("model", "code"),
 )
 
-JOB_MEASURES = (LATENCY, QUEUE_TIME, STAGES, STEP, REAL_TIME_FACTOR, BATCH_SIZE, FAILURES)
+REQUESTS = Measure(name="medsora_requests", about="Finished jobs.", labels=("model", "status"))
+FRAMES = Measure(name="medsora_frames_generated", about="Frames of completed videos.", labels=("model",))
+VIDEO_SECONDS = Measure(name="medsora_video_seconds_generated", about="Length of completed videos.", labels=("model",))
+REDELIVERED = Measure(name="medsora_jobs_redelivered", about="Second and further attempts.", labels=("model",))
+
+JOB_MEASURES = (
+    LATENCY, QUEUE_TIME, STAGES, STEP, REAL_TIME_FACTOR, BATCH_SIZE, FAILURES, REQUESTS, FRAMES, VIDEO_SECONDS,
+    REDELIVERED,
+)  # fmt: skip
+
+
+def zeros(model: str) -> list[tuple[Measure, tuple[str, ...]]]:
+    """Counters of a model, with their labels, that are told before there is anything to count."""
+    ends = [(REQUESTS, (model, status.value)) for status in sorted(TERMINAL)]
+    return [*ends, *((measure, (model,)) for measure in (FRAMES, VIDEO_SECONDS, REDELIVERED))]
+
+
+def measure_claimed(connection: Connection, rows: Sequence[Any]) -> None:
+    """Count those of these jobs, just claimed, that were claimed before, in the transaction that claims them."""
+    again = [Observation(REDELIVERED, (row.model,)) for row in rows if row.attempt > 1]
+    add_observations(connection, again)
 
 
 def measure_ended(connection: Connection, rows: Sequence[Any]) -> None:
@@ -73,12 +93,17 @@ def measure_ended(connection: Connection, rows: Sequence[Any]) -> None:
 
 def _observations(row: Any) -> list[Observation]:
     model = row.model
-    found = [Observation(LATENCY, (model, row.status), max(0.0, row.completed_at - row.created_at))]
+    found = [
+        Observation(LATENCY, (model, row.status), max(0.0, row.completed_at - row.created_at)),
+        Observation(REQUESTS, (model, row.status)),
+    ]
     if row.status == JobStatus.FAILED:
         found.append(Observation(FAILURES, (model, row.error_code)))
     if row.status == JobStatus.SUCCEEDED:
         work_s = row.sampling_s + row.encode_s + row.store_s
         found += [
+            Observation(FRAMES, (model,), row.num_frames),
+            Observation(VIDEO_SECONDS, (model,), row.num_frames / row.fps),
             Observation(QUEUE_TIME, (model,), max(0.0, row.started_at - row.queued_at)),
             Observation(STAGES, (model, "sample"), row.sampling_s),
             Observation(STAGES, (model, "encode"), row.encode_s),

@@ -14,7 +14,6 @@ __all__ = [
     "TRANSITIONS",
     "Base",
     "DeletedJob",
-    "DeletedTotal",
     "Job",
     "JobStatus",
     "TenantShare",
@@ -79,6 +78,7 @@ class Job(Base):
         CheckConstraint("status in ('queued', 'running', 'succeeded', 'failed', 'canceled')", name="ck_jobs_status"),
         Index("ix_jobs_status_lease", "status", "lease_until"),
         Index("ix_jobs_status_seq", "status", "seq"),
+        Index("ix_jobs_status_model", "status", "model"),  # what /metrics counts
         Index("ix_jobs_tenant_seq", "tenant", "seq"),
         Index("ix_jobs_tenant_status", "tenant", "status"),
         {"sqlite_autoincrement": True},  # a cursor into the list must never come to mean another job
@@ -211,24 +211,6 @@ class DeletedJob(Base):
     tenant: Mapped[str] = mapped_column(String(64), default=DEFAULT_TENANT, server_default=DEFAULT_TENANT)
     seq: Mapped[int] = mapped_column(BigInteger)
     deleted_at: Mapped[float] = mapped_column(Double, index=True)
-
-
-class DeletedTotal(Base):
-    """Sums over jobs whose rows are gone, so that counters in /metrics never fall."""
-
-    __tablename__ = "deleted_totals"
-
-    model: Mapped[str] = mapped_column(String(200), primary_key=True)
-    status: Mapped[str] = mapped_column(String(16), primary_key=True)
-    jobs: Mapped[int] = mapped_column(BigInteger, default=0)
-    frames: Mapped[int] = mapped_column(BigInteger, default=0)
-    video_s: Mapped[float] = mapped_column(Double, default=0.0)
-    redelivered: Mapped[int] = mapped_column(BigInteger, default=0)
-    latency_s: Mapped[float] = mapped_column(Double, default=0.0)
-    queue_s: Mapped[float] = mapped_column(Double, default=0.0)
-    sampling_s: Mapped[float] = mapped_column(Double, default=0.0)
-    encode_s: Mapped[float] = mapped_column(Double, default=0.0)
-    store_s: Mapped[float] = mapped_column(Double, default=0.0)
 
 
 class TenantShare(Base):

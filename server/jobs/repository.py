@@ -33,7 +33,7 @@ from server import logs, tracing
 from server.events.jobs import announce_deletion, announce_preview, announce_progress, announce_states
 from server.idempotency import note_made
 from server.jobs.database import Database, database_now
-from server.jobs.measures import BATCH_SIZE, measure_ended
+from server.jobs.measures import BATCH_SIZE, measure_claimed, measure_ended
 from server.jobs.model import DEFAULT_TENANT, TERMINAL, DeletedJob, Job, JobStatus, new_job_id
 from server.jobs.sharing import ALIKE, charge, lock_shares, next_ids, runs_alone
 from server.keys.limits import NO_LIMITS, Limits, Quota, count_usage, fitting
@@ -399,6 +399,7 @@ class JobRepository:
         )
         rows = sorted(connection.execute(statement).all(), key=lambda row: ids.index(row.id))
         charge(connection, rows)
+        measure_claimed(connection, rows)
         _tell(connection, rows)
         return [Claim(_record(row), row.attempt) for row in rows]
 
@@ -576,6 +577,13 @@ class JobRepository:
         with self._database.read() as connection:
             return connection.scalar(select(func.count()).where(Job.status == JobStatus.QUEUED)) or 0
 
+    def count_live(self) -> dict[tuple[str, JobStatus], int]:
+        """Numbers of jobs that wait and of those that a worker holds, by model and state."""
+        live = Job.status.in_([JobStatus.QUEUED.value, JobStatus.RUNNING.value])
+        query = select(Job.model, Job.status, func.count()).where(live).group_by(Job.status, Job.model)
+        with self._database.read() as connection:
+            return {(model, JobStatus(status)): count for model, status, count in connection.execute(query)}
+
     def count_done(self, *, within_s: float, limit: int) -> int:
         """Number of videos made in the last ``within_s`` seconds, counted up to ``limit``."""
         newest = select(Job.completed_at).where(Job.status == JobStatus.SUCCEEDED).order_by(Job.seq.desc()).limit(limit)
@@ -616,14 +624,11 @@ class JobRepository:
         return {row.id: (row.artifact, row.attempt if row.status == JobStatus.RUNNING else None) for row in rows}
 
     def forget(self, job_ids: Sequence[str]) -> int:
-        """Remove the rows of deleted, finished jobs. Their sums stay (see ``totals.py``), for a day their places."""
-        from server.jobs.totals import add_to_deleted
-
+        """Remove the rows of deleted, finished jobs; returns how many. For a day their places in the list stay."""
         removable = and_(Job.id.in_(job_ids), _HIDDEN, Job.status.in_(_TERMINAL_NAMES))
         with self._database.write() as connection:
-            # Locked first: nobody else who forgets the same jobs now may count them too.
+            # Locked first: nobody else who forgets the same jobs now may keep their places too.
             condition = Job.id.in_(connection.scalars(select(Job.id).where(removable).with_for_update()).all())
-            add_to_deleted(connection, condition)
             places = select(Job.id, Job.tenant, Job.seq, Job.deleted_at).where(condition)
             connection.execute(insert(DeletedJob).from_select(["id", "tenant", "seq", "deleted_at"], places))
             connection.execute(delete(DeletedJob).where(DeletedJob.deleted_at < database_now() - CURSOR_KEPT_S))

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import func, insert, inspect, select, text
+from sqlalchemy import MetaData, Table, func, insert, inspect, select, text
 
 from server.jobs import migrations
 from server.jobs.database import Database, database_now, migrate
+from server.jobs.measures import JOB_MEASURES
 from server.jobs.model import Base, WorkerProcess
-from server.jobs.repository import JobRepository
+from server.jobs.repository import FinishedWork, JobRepository
 from server.jobs.workers import WorkerRegistry
+from server.measures import read_measures
 
 
 def test_committed_jobs_survive_a_power_cut(database: Database) -> None:
@@ -82,6 +85,34 @@ def test_jobs_of_an_older_database_are_kept_without_stills(
     assert kept.tenant == "default"
     assert (job.remixed_from, job.thumbnail_sha256, job.spritesheet_sha256) == (None, None, None)
     assert repository.add(job_values, max_queued=10).seq > job.seq
+
+
+def test_counters_of_an_older_database_go_on_from_what_they_told(
+    database: Database,
+    repository: JobRepository,
+    add_job: Callable[..., str],
+    finished_work: Callable[[str, int], FinishedWork],
+) -> None:
+    done, waits = add_job(), add_job()
+    for job_id in (done, done, waits):  # no more than one attempt of the first counts as told again
+        repository.claim(job_id, worker="w")
+        repository.hand_back(job_id, 1)
+    repository.succeed(done, 2, finished_work(done, 2))
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    deleted = {"model": "tiny", "status": "succeeded", "jobs": 3, "frames": 48, "video_s": 6.0, "redelivered": 2}
+    times = dict.fromkeys(("latency_s", "queue_s", "sampling_s", "encode_s", "store_s"), 1.0)
+    with database.write() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0016")
+        table = Table("deleted_totals", MetaData(), autoload_with=connection)
+        connection.execute(insert(table).values(**deleted, **times))
+    migrate(database)
+    found = read_measures(database, JOB_MEASURES)
+    assert {labels: sums.total for labels, sums in found["medsora_requests"].items()} == {("tiny", "succeeded"): 4.0}
+    assert found["medsora_frames_generated"]["tiny",].total == 64.0
+    assert found["medsora_video_seconds_generated"]["tiny",].total == 8.0
+    assert found["medsora_jobs_redelivered"]["tiny",].total == 3.0
 
 
 def test_processes_may_migrate_at_the_same_time(tmp_path: Path) -> None:

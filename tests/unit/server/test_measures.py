@@ -94,6 +94,10 @@ def test_a_finished_job_is_measured_once_in_every_histogram(
     }
     assert found[STEP.name]["tiny",].cumulative(STEP)[8:10] == [("0.5", 1), ("1.0", 1)]  # 1 s in 4 steps
     assert found["medsora_real_time_factor"]["tiny",].total == pytest.approx(1.023 / 2.0)  # of a video of 2 s
+    counted = {"requests": 1.0, "frames_generated": 16.0, "video_seconds_generated": 2.0}
+    for name, total in counted.items():
+        assert [sums.total for sums in found[f"medsora_{name}"].values()] == [total]
+    assert found["medsora_jobs_redelivered"] == {}
     before = found
     repository.request_removal(job_id)
     assert repository.forget([job_id]) == 1
@@ -124,7 +128,13 @@ def test_every_end_is_measured(
         ("tiny", "out_of_memory"): 1,
         ("tiny", "attempts_exhausted"): 1,
     }
+    assert {labels: sums.total for labels, sums in found["medsora_requests"].items()} == {
+        ("tiny", "failed"): 2.0,
+        ("tiny", "canceled"): 1.0,
+    }
+    assert found["medsora_jobs_redelivered"]["tiny",].total == 2.0
     assert found[STAGES.name] == {}
+    assert found["medsora_frames_generated"] == {}
 
 
 def test_requests_to_one_process_are_seen_in_the_metrics_of_another(settings: Settings) -> None:

@@ -9,7 +9,6 @@ from sqlalchemy import update
 from server.jobs.database import Database, database_now
 from server.jobs.model import DeletedJob, Job, JobStatus, new_job_id
 from server.jobs.repository import FinishedWork, JobRecord, JobRepository, QueueFullError, Removal
-from server.jobs.totals import read_totals
 
 AddJob = Callable[..., str]
 Expire = Callable[[str], None]
@@ -252,19 +251,13 @@ def test_removal_of_a_waiting_job_cancels_it(repository: JobRepository, add_job:
     assert repository.forget([job_id]) == 1
 
 
-def test_totals_do_not_fall_when_jobs_are_removed(
-    repository: JobRepository, database: Database, add_job: AddJob, finished_work: Work
-) -> None:
-    for _ in range(2):
-        job_id = add_job()
-        repository.claim(job_id, worker="w")
-        repository.succeed(job_id, 1, finished_work(job_id, 1))
-        before = read_totals(database)["tiny", JobStatus.SUCCEEDED]
-        repository.request_removal(job_id)
-        repository.forget([job_id])
-        after = read_totals(database)["tiny", JobStatus.SUCCEEDED]
-        assert after == before
-    assert (after.jobs, after.frames, after.video_s, after.sampling_s) == (2, 32, 4.0, 2.0)
+def test_live_jobs_are_counted_by_model_and_state(repository: JobRepository, add_job: AddJob) -> None:
+    running, canceled = add_job(), add_job()
+    add_job(model="other")
+    add_job(model="other")
+    repository.claim(running, worker="w")
+    repository.request_cancel(canceled)
+    assert repository.count_live() == {("tiny", JobStatus.RUNNING): 1, ("other", JobStatus.QUEUED): 2}
 
 
 def test_expected_wait_follows_the_pace_of_finished_jobs(
