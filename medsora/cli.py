@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +27,7 @@ from medsora.files import read_weight_header, sha256_of
 from medsora.jsonconfig import to_json
 from medsora.manifest import Manifest, find_checkpoint, list_checkpoints, read_manifest
 from medsora.provenance import clip_metadata
-from medsora.request import GenerationRequest, random_seed, resolve_request
+from medsora.request import GenerationRequest, no_clean_prefixes, random_seed, resolve_request
 from medsora.threads import let_idle_threads_sleep
 
 __all__ = ["app", "main"]
@@ -111,6 +111,14 @@ def generate(
     sampler: Annotated[str | None, typer.Option(help="Default: the checkpoint's.")] = None,
     frames: Annotated[int | None, typer.Option(help="Length in frames. Default: the checkpoint's.")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels. Default: the checkpoint's.")] = None,
+    given: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="PICTURE_OR_VIDEO",
+            help="What the clip begins with, of its size and rate; for checkpoints with limits.clean_prefixes.",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     lossless: Annotated[bool, typer.Option("--lossless", help="Write FFV1 in Matroska, exact to the bit.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
@@ -121,6 +129,8 @@ def generate(
         directory = find_checkpoint(checkpoint or _default_checkpoint())
         manifest = read_manifest(directory)
         width, height = _parse_size(size)
+        if given is not None and not manifest.limits.clean_prefixes:
+            raise RequestError("from", no_clean_prefixes(manifest))
         request = resolve_request(
             manifest,
             label=label,
@@ -132,7 +142,9 @@ def generate(
             guidance_scale=guidance,
             sampler=sampler,
         )
-        seconds = _generate_to_file(directory, manifest, request, output, device=device, lossless=lossless)
+        request, seconds = _generate_to_file(
+            directory, manifest, request, output, given, device=device, lossless=lossless
+        )
         Console().print(_settings_table(manifest, request, seconds, output))
 
 
@@ -187,34 +199,55 @@ def _parse_size(size: str | None) -> tuple[int | None, int | None]:
 
 
 def _generate_to_file(
-    directory: Path, manifest: Manifest, request: GenerationRequest, output: Path, *, device: str, lossless: bool
-) -> dict[str, float]:
-    """Sample and write; returns the seconds that each part took, by name."""
+    directory: Path,
+    manifest: Manifest,
+    request: GenerationRequest,
+    output: Path,
+    given: Path | None,
+    *,
+    device: str,
+    lossless: bool,
+) -> tuple[GenerationRequest, dict[str, float]]:
+    """Sample and write; returns the request with what was given, and the seconds that each part took, by name."""
     try:
+        from medsora.given import read_given_frames
         from medsora.pipeline import VideoPipeline
         from medsora.video_io import write_ffv1, write_mp4
     except ModuleNotFoundError as error:
         raise MedsoraError(f"generating needs the package {error.name}: pip install 'medsora[model]'") from error
     started = time.perf_counter()
+    sources, origin = None, None
+    if given is not None:
+        size = (request.width, request.height)
+        frames = read_given_frames(given, size=size, most=request.num_frames - 1, limits=manifest.limits)
+        request = replace(request, prefix_frames=len(frames))
+        sources, origin = [frames], {"kind": "reference", "sha256": sha256_of(given)}
     pipeline = VideoPipeline.from_checkpoint(directory, device=device)
     loaded = time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("sampling", total=request.num_inference_steps)
-        clip = pipeline([request], on_step=lambda done, total: progress.update(task, completed=done, total=total))[0]
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        (clip,) = pipeline([request], sources=sources, on_step=show)
     sampled = time.perf_counter()
     write = write_ffv1 if lossless else write_mp4
-    metadata = clip_metadata(request, model=manifest.name, model_sha256=_manifest_sha256(directory))
+    metadata = clip_metadata(request, model=manifest.name, model_sha256=_manifest_sha256(directory), source=origin)
     # A hidden folder beside the file: renaming within one file system is atomic, and nothing partial is left.
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".medsora-") as scratch:
         partial = Path(scratch) / output.name
         write(partial, clip, fps=manifest.limits.fps, metadata=metadata)
         partial.replace(output)
     written = time.perf_counter()
-    return {"load": loaded - started, "sample and decode": sampled - loaded, "write": written - sampled}
+    return request, {"load": loaded - started, "sample and decode": sampled - loaded, "write": written - sampled}
 
 
 def _settings_table(manifest: Manifest, request: GenerationRequest, seconds: dict[str, float], output: Path) -> Table:
+    length = f"{request.num_frames} frames"
+    if request.prefix_frames:
+        length += f" ({request.prefix_frames} of them given)"
     parts = ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
     return _pairs_table(
         [
@@ -222,7 +255,7 @@ def _settings_table(manifest: Manifest, request: GenerationRequest, seconds: dic
             ("checkpoint", manifest.name),
             ("label", request.label),
             ("seed", str(request.seed)),
-            ("video", f"{request.num_frames} frames, {request.width}x{request.height}, {manifest.limits.fps:g}/s"),
+            ("video", f"{length}, {request.width}x{request.height}, {manifest.limits.fps:g}/s"),
             ("sampler", f"{request.sampler}, {request.num_inference_steps} steps"),
             ("guidance", f"{request.guidance_scale:g}"),
             ("seconds", f"{sum(seconds.values()):.2f} ({parts})"),

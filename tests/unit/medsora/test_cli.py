@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -9,15 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 import medsora.video_io
+from medsora.checkpoint import write_tiny_checkpoint
 from medsora.cli import app
 from medsora.manifest import read_manifest
 from medsora.pipeline import VideoPipeline
 from medsora.provenance import SYNTHETIC_NOTE
 from medsora.request import resolve_request
-from medsora.video_io import probe_video, read_video
+from medsora.video_io import probe_video, read_video, write_ffv1
 
 
 def run(*arguments: object) -> Result:
@@ -89,6 +92,7 @@ def test_an_existing_file_is_kept_unless_forced(tiny_checkpoint: Path, tmp_path:
         (["--seed", -1], "seed"),
         (["--device", "no-such-device"], "no-such-device"),
         (["--checkpoint", "no-such-checkpoint"], "no-such-checkpoint"),
+        (["--from", "frame.png"], "from: tiny was trained without clean prefixes (limits.clean_prefixes"),
         (["-o", "clip.avi"], ".mp4"),
         (["-o", "clip.mp4", "--lossless"], ".mkv"),
         (["-o", "none/clip.mp4"], "folder does not exist"),
@@ -105,6 +109,69 @@ def test_what_cannot_be_done_is_one_line_and_code_2(
     assert lines[0].startswith("error: ")
     assert words in lines[0]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def going_on(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint, saying that it was trained with clean prefixes."""
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("prefix") / "tiny", max_frames=64)
+
+
+def smooth_frames(count: int) -> np.ndarray:
+    coarse = np.random.RandomState(3).randint(0, 256, (count, 4, 4, 3)).astype(np.uint8)
+    return coarse.repeat(8, axis=1).repeat(8, axis=2)
+
+
+def test_a_clip_begins_with_the_given_frames(going_on: Path, tmp_path: Path) -> None:
+    given, fps = smooth_frames(8), read_manifest(going_on).limits.fps
+    write_ffv1(tmp_path / "start.mkv", given, fps=fps)
+    begun = tmp_path / "begun.mkv"
+    result = generate(going_on, begun, "--seed", 7, "--lossless", "--from", tmp_path / "start.mkv", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "8 of them given" in " ".join(result.stdout.split())
+    request = resolve_request(read_manifest(going_on), label="covid-convex", seed=7, prefix_frames=8)
+    (expected,) = VideoPipeline.from_checkpoint(going_on, device="cpu")([request], sources=[given])
+    np.testing.assert_array_equal(read_video(begun)[0], expected)
+    origin = json.loads(probe_video(begun).metadata["comment"])
+    digest = hashlib.sha256((tmp_path / "start.mkv").read_bytes()).hexdigest()
+    assert (origin["prefix_frames"], origin["source"]) == (8, {"kind": "reference", "sha256": digest})
+
+
+def test_a_clip_beyond_a_window_begins_with_a_picture(going_on: Path, tmp_path: Path) -> None:
+    Image.fromarray(smooth_frames(1)[0]).save(tmp_path / "frame.png")
+    result = generate(going_on, tmp_path / "long.mp4", "--frames", 24, "--steps", 2, "--from", tmp_path / "frame.png")
+    assert result.exit_code == 0, result.output
+    assert probe_video(tmp_path / "long.mp4").num_frames == 24
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("large.png", "from: has 64x32 pixels; allowed: 32x32"),
+        ("glass.png", "transparent"),
+        ("moving.webp", "animation"),
+        ("cut.png", "damaged picture"),
+        ("fast.mkv", "from: has 25 frames a second; allowed: 8"),
+        ("whole.mkv", "from: has more than 15 frames"),
+        ("text.txt", "text.txt"),
+        ("none.png", "none.png"),
+    ],
+)
+def test_a_beginning_that_does_not_fit_is_refused(going_on: Path, tmp_path: Path, name: str, words: str) -> None:
+    frames = smooth_frames(16)
+    pictures = [Image.fromarray(frame) for frame in frames[:2]]
+    pictures[0].resize((64, 32)).save(tmp_path / "large.png")
+    pictures[0].convert("RGBA").save(tmp_path / "solid.png")
+    Image.new("RGBA", (32, 32)).save(tmp_path / "glass.png")
+    pictures[0].save(tmp_path / "moving.webp", save_all=True, append_images=pictures[1:])
+    (tmp_path / "cut.png").write_bytes((tmp_path / "solid.png").read_bytes()[:60])
+    write_ffv1(tmp_path / "fast.mkv", frames[:8], fps=25.0)
+    write_ffv1(tmp_path / "whole.mkv", frames, fps=8.0)
+    (tmp_path / "text.txt").write_text("no picture")
+    result = generate(going_on, tmp_path / "clip.mp4", "--from", tmp_path / name)
+    assert result.exit_code == (1 if name == "none.png" else 2), result.output
+    assert words in result.stderr
+    assert not (tmp_path / "clip.mp4").exists()
 
 
 def test_an_altered_checkpoint_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
