@@ -20,6 +20,7 @@ from server.jobs.database import Database, database_now, insert_if_absent
 from server.jobs.model import Base
 
 __all__ = [
+    "MAX_KEY",
     "Answer",
     "Begun",
     "IdempotentRequest",
@@ -35,6 +36,8 @@ KEPT_S = 86_400.0
 """Seconds for which a key means its first request."""
 LEASE_S = 60.0
 """Seconds after which a request that was not answered counts as lost with its process."""
+MAX_KEY = 255
+"""Characters of a key."""
 _RETRY_MS = 500
 
 

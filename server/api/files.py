@@ -144,6 +144,7 @@ def delete_file(file_id: str, services: ServicesDep, tenant: TenantDep) -> Delet
     response_class=FileResponse,
     responses={
         200: {"content": {"application/jsonl": {}}, "description": "The bytes."},
+        206: {"description": "The asked-for bytes of it."},
         **error_responses(404, 416, 503),
     },
 )

@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api.handlers import answer_of
 from server.errors import RequestRefusedError, ReusedKeyError, ServiceError, UnavailableError
 from server.idempotency import (
+    MAX_KEY,
     Answer,
     Begun,
     IdempotentRequests,
@@ -39,7 +40,6 @@ __all__ = ["IdempotencyMiddleware", "fingerprint"]
 
 logger = logging.getLogger(__name__)
 
-MAX_KEY = 255
 MAX_KEPT_BODY = 2**20
 _IN_MEMORY = 2**20
 _PIECE = 256 * 1024

@@ -132,6 +132,7 @@ class LiveStream:
     response_class=Response,
     responses={
         200: {"content": {"video/mp4": {}}, "description": "Fragments as they are made; the finished file afterwards."},
+        206: {"content": {"video/mp4": {}}, "description": "The asked-for bytes of a finished file."},
         **error_responses(404, 409, 416, 503),
     },
 )

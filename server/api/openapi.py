@@ -1,5 +1,5 @@
-"""What the OpenAPI document says beyond what the framework finds by itself: bodies that are read by hand, the errors
-of each endpoint, and where ids in answers lead to."""
+"""What the OpenAPI document says beyond what the framework finds by itself: bodies and headers that are read by hand,
+the errors of each endpoint, headers of answers, and where ids in answers lead to."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
 from server.api.schemas import ErrorEnvelope
+from server.idempotency import MAX_KEY
 
 __all__ = ["error_responses", "install_openapi", "links", "operation_id", "request_body"]
 
@@ -52,6 +53,9 @@ def install_openapi(app: FastAPI, *, labels: list[str], models: list[str]) -> No
         if app.openapi_schema is None:
             document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
             _drop_framework_errors(document)
+            for path, operations in document["paths"].items():
+                for method, operation in operations.items():
+                    _add_headers(path, method, operation)
             for path in ("/v1/videos", "/v1/videos/{video_id}/remix"):
                 for body in document["paths"][path]["post"]["requestBody"]["content"].values():
                     properties = body["schema"]["properties"]
@@ -62,6 +66,65 @@ def install_openapi(app: FastAPI, *, labels: list[str], models: list[str]) -> No
         return app.openapi_schema
 
     app.openapi = describe  # type: ignore[method-assign]
+
+
+_ERRORS = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorEnvelope"}}}
+_TEXT = {"type": "string"}
+_KEY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "description": "Chosen by the client, for 24 hours: the same request with the same key is done once, and answered "
+    "again. See docs/keys.md.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": MAX_KEY, "pattern": "^[!-~]+$"},
+}
+_OF_DOWNLOADS = {
+    "Range": "Bytes that are asked for, one range; what is none, or several, is overlooked.",
+    "If-Range": "An etag: the range counts only while it is that of the file.",
+    "If-None-Match": "Etags of what the client has: one that is still that of the file is answered with 304.",
+}
+_RETRY = {
+    "retry-after": ("Seconds after which to try again.", {"type": "integer"}),
+    "retry-after-ms": ("The same in milliseconds, for OpenAI's client.", {"type": "integer"}),
+    "x-should-retry": ("Whether to try again by itself.", {"type": "string", "enum": ["true", "false"]}),
+}
+_RATES = {
+    "ratelimit-limit": ("Requests a minute that the tenant may make; absent where any number.", {"type": "integer"}),
+    "ratelimit-remaining": ("Requests that are left.", {"type": "integer"}),
+    "ratelimit-reset": ("Seconds until all are back.", {"type": "integer"}),
+}
+
+
+def _add_headers(path: str, method: str, operation: dict[str, Any]) -> None:
+    """Headers that this operation heeds, and those of its answers."""
+    responses = operation["responses"]
+    parameters = []
+    is_under_keys = path.startswith("/v1/")
+    if method == "post" and is_under_keys:
+        parameters.append(_KEY)
+        responses.setdefault("400", {"description": "Bad Request", "content": _ERRORS})
+        responses.setdefault("409", {"description": "Conflict", "content": _ERRORS})
+        responses["422"] = {"description": "The Idempotency-Key was used for another request.", "content": _ERRORS}
+        replayed = ("true: this was answered before, and nothing was made now.", {"type": "string", "enum": ["true"]})
+        responses["200"].setdefault("headers", {})["idempotent-replayed"] = _header(*replayed)
+    if "416" in responses:
+        parameters += [
+            {"name": name, "in": "header", "required": False, "description": about, "schema": _TEXT}
+            for name, about in _OF_DOWNLOADS.items()
+            if name != "If-None-Match" or "304" in responses
+        ]
+    if parameters:
+        operation["parameters"] = [*operation.get("parameters", []), *parameters]
+    for status, response in responses.items():
+        told = {"x-request-id": ("Id of this request in the server's log.", _TEXT)}
+        told |= _RETRY if status in ("409", "429", "503") and is_under_keys else {}
+        told |= _RATES if is_under_keys else {}
+        headers = {name: _header(about, schema) for name, (about, schema) in told.items()}
+        response["headers"] = {**headers, **response.get("headers", {})}
+
+
+def _header(about: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"description": about, "schema": schema}
 
 
 def _drop_framework_errors(document: dict[str, Any]) -> None:
