@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import Depends, FastAPI
 
@@ -40,12 +41,14 @@ from server.jobs.workers import WorkerRegistry
 from server.keys.limits import Limits, RequestLimiter, TenantLimits
 from server.keys.repository import KeyRepository
 from server.observability import HttpMetrics, RequestMiddleware
+from server.sealing import Sealer
 from server.settings import Settings
 from server.sources.repository import SourceRepository
 from server.sources.service import SourceService
 from server.storage import ArtifactStore
 from server.webhooks.repository import WebhookRepository
 from server.webhooks.service import WebhookService
+from server.webhooks.signature import seal_secret
 
 __all__ = ["create_app"]
 
@@ -76,6 +79,8 @@ def create_app(settings: Settings) -> FastAPI:
         )
         store = ArtifactStore(settings.artifacts_dir)
         files = FileRepository(database)
+        sealer = Sealer(settings)
+        sealer.load()
         publisher = BackgroundPublisher(JobQueue(broker_url), repository.mark_published)
         probe_queue = JobQueue(broker_url)
         jobs = JobService(
@@ -85,6 +90,7 @@ def create_app(settings: Settings) -> FastAPI:
             publish=publisher.submit,
             max_queued=settings.max_queued_jobs,
             min_free_bytes=settings.min_free_bytes,
+            seal=partial(seal_secret, sealer),
             private_hosts=settings.webhook_private_hosts,
         )
         events = EventLog(database)
@@ -123,12 +129,12 @@ def create_app(settings: Settings) -> FastAPI:
             ),
             events=events,
             follower=follower,
-            webhooks=WebhookService(WebhookRepository(database), private_hosts=settings.webhook_private_hosts),
+            webhooks=WebhookService(WebhookRepository(database, sealer), private_hosts=settings.webhook_private_hosts),
             repository=repository,
             keys=keys,
             access=AccessControl(keys, RequestLimiter(counters, limits), settings),
             limits=TenantLimits(database, limits),
-            idempotent_requests=IdempotentRequests(database),
+            idempotent_requests=IdempotentRequests(database, sealer),
             workers=WorkerRegistry(database, heartbeat_s=settings.worker_heartbeat_s),
             probe_queue=probe_queue,
             http_metrics=http_metrics,

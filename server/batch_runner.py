@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any, BinaryIO
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -41,10 +42,12 @@ from server.jobs.queue import JobQueue
 from server.jobs.repository import JobRepository
 from server.jobs.service import JobService
 from server.keys.limits import Limits
+from server.sealing import Sealer
 from server.settings import Settings
 from server.sources.repository import SourceRepository
 from server.sources.service import SourceService
 from server.storage import ArtifactStore
+from server.webhooks.signature import seal_secret
 
 __all__ = ["BatchRunner", "make_batch_runner"]
 
@@ -324,6 +327,7 @@ def make_batch_runner(settings: Settings, *, database: Database, catalogue: Cata
         publish=lambda job_id: None,  # the runner publishes what it has made itself
         max_queued=settings.max_queued_jobs,
         min_free_bytes=settings.min_free_bytes,
+        seal=partial(seal_secret, Sealer(settings)),
         private_hosts=settings.webhook_private_hosts,
     )
     sources = SourceService(

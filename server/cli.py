@@ -150,6 +150,7 @@ def reaper() -> None:
     from server.jobs.workers import WorkerRegistry
     from server.logs import configure_logging
     from server.reaper import Reaper
+    from server.sealing import Sealer
     from server.settings import SettingsError
     from server.sources.repository import SourceRepository
     from server.storage import ArtifactStore
@@ -173,7 +174,7 @@ def reaper() -> None:
     store = ArtifactStore(settings.artifacts_dir)
     batches = make_batch_runner(settings, database=database, catalogue=catalogue, queue=batch_queue)
     datasets = make_dataset_runner(settings, database=database, queue=dataset_queue)
-    webhooks = WebhookRepository(database)
+    webhooks = WebhookRepository(database, Sealer(settings))
     threads = [
         threading.Thread(target=batches.run, args=(stop,), name="batches"),
         threading.Thread(target=datasets.run, args=(stop,), name="datasets"),

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 from server.errors import InProgressError
 from server.jobs.database import Database, database_now, insert_if_absent
 from server.jobs.model import Base
+from server.sealing import Sealer, SealError
 
 __all__ = [
     "MAX_KEY",
@@ -59,6 +60,7 @@ class IdempotentRequest(Base):
     """Of the answer; None: there is none yet."""
     content_type: Mapped[str | None] = mapped_column(String(200))
     body: Mapped[bytes | None] = mapped_column(LargeBinary)
+    """Sealed (``server/sealing.py``)."""
     created_at: Mapped[float] = mapped_column(Double, index=True)
 
 
@@ -106,8 +108,8 @@ _working_on: ContextVar[Begun | None] = ContextVar("idempotent request", default
 class IdempotentRequests:
     """Storage of requests with a key. Safe to use from several threads."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, database: Database, sealer: Sealer) -> None:
+        self._database, self._sealer = database, sealer
 
     def begin(self, tenant: str, key: str, fingerprint: str) -> Outcome:
         """What to do with a request; also forgets what is older than a day."""
@@ -129,7 +131,10 @@ class IdempotentRequests:
             if row.fingerprint != fingerprint:
                 return OtherRequest()
             if row.status_code is not None:
-                return Answer(row.status_code, row.content_type, row.body)
+                try:
+                    return Answer(row.status_code, row.content_type, self._sealer.open(row.body))
+                except SealError:  # the keys are others now: what was made is told as it is, all else not again
+                    return OtherRequest() if row.object_id is None else Made(row.object_id)
             if row.is_held:
                 return InProgress()
             if row.object_id is not None:
@@ -140,7 +145,8 @@ class IdempotentRequests:
 
     def finish(self, begun: Begun, answer: Answer) -> None:
         """Keep the answer for those who ask again."""
-        values = {"status_code": answer.status_code, "content_type": answer.content_type, "body": answer.body}
+        body = self._sealer.seal(answer.body)  # that of a new webhook tells its secret
+        values = {"status_code": answer.status_code, "content_type": answer.content_type, "body": body}
         with self._database.write() as connection:
             connection.execute(update(_TABLE).where(*_held(begun)).values(values))
 

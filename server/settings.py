@@ -4,6 +4,7 @@ Nothing happens at import. An unknown ``MEDSORA_*`` variable is an error, so tha
 silently leave the default in force.
 """
 
+import base64
 import difflib
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-__all__ = ["ENV_PREFIX", "Settings", "SettingsError", "get_settings", "trace_service"]
+__all__ = ["ENV_PREFIX", "Settings", "SettingsError", "get_settings", "is_sealing_key", "trace_service"]
 
 ENV_PREFIX = "MEDSORA_"
 _MIB = 2**20
@@ -51,6 +52,13 @@ class Settings(BaseSettings):
         "auto",
         description="Whether callers need a key. auto: yes, unless `serve` listens on loopback alone and no key was "
         "ever made; off: nobody does, for a server behind a gateway that lets in nobody else.",
+    )
+    secrets_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (),
+        max_length=16,
+        description="What secrets of webhooks are sealed with in the database: 32 random bytes in URL-safe base64. Of "
+        "several, separated by commas, the first seals and all open. Empty: the file secrets.key in data_dir, which "
+        "is made at first use.",
     )
     checkpoints: Annotated[tuple[str, ...], NoDecode] = Field(
         ("lung-ultrasound-small",),
@@ -263,7 +271,7 @@ class Settings(BaseSettings):
         "text", description="Form of the log: lines of text, or one JSON object a line."
     )
 
-    @field_validator("checkpoints", "batch_sizes", "webhook_private_hosts", mode="before")
+    @field_validator("checkpoints", "batch_sizes", "webhook_private_hosts", "secrets_keys", mode="before")
     @classmethod
     def _split_list(cls, value: Any) -> Any:
         if isinstance(value, str):
@@ -282,6 +290,13 @@ class Settings(BaseSettings):
     def _check_batch_sizes(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if list(value) != sorted(set(value)):
             raise ValueError(f"must rise from each number to the next, such as 1,2,4; got {','.join(map(str, value))}")
+        return value
+
+    @field_validator("secrets_keys")
+    @classmethod
+    def _check_secrets_keys(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        if not all(is_sealing_key(key.get_secret_value()) for key in value):
+            raise ValueError("each key must be 32 random bytes in URL-safe base64, which are 44 characters")
         return value
 
     @field_validator("redis_url")
@@ -360,13 +375,21 @@ class Settings(BaseSettings):
             if isinstance(value, SecretStr):
                 text = value.get_secret_value()
             elif isinstance(value, tuple):
-                text = ",".join(map(str, value))
+                text = ",".join(one.get_secret_value() if isinstance(one, SecretStr) else str(one) for one in value)
             elif isinstance(value, (bool, int, float)):
                 text = json.dumps(value)
             else:
                 text = str(value)
             variables[ENV_PREFIX + name.upper()] = text
         return variables
+
+
+def is_sealing_key(text: str) -> bool:
+    """Whether it is 32 bytes in URL-safe base64."""
+    try:
+        return len(text) == 44 and len(base64.b64decode(text, altchars=b"-_", validate=True)) == 32
+    except ValueError:
+        return False
 
 
 def check_environment(environment: Mapping[str, str]) -> None:

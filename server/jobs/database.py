@@ -124,6 +124,7 @@ def migrate(database: Database) -> None:
     if database.is_sqlite:
         path = Path(str(database.url.database))
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)  # prompts are in it; SQLite gives its other files the same mode
         # SQLite commits schema changes one by one: a lock file keeps two processes apart.
         lock = os.open(f"{path}.migrate.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:

@@ -138,7 +138,7 @@ class Job(Base):
     webhook_url: Mapped[str | None] = mapped_column(Text)
     """Where to tell of its end, besides the tenant's webhooks."""
     webhook_secret: Mapped[str | None] = mapped_column(String(200))
-    """That this is signed with."""
+    """That this is signed with, sealed (``server/sealing.py``)."""
     previews_until: Mapped[float | None] = mapped_column(Double)
     """Until when somebody looks at pictures of the running estimate; a worker makes none that nobody looks at."""
 

@@ -76,6 +76,7 @@ class JobService:
         publish: Told the id of every accepted job; must return at once and never fail.
         max_queued: Most jobs that may wait.
         min_free_bytes: Free disk space below which no job is accepted.
+        seal: Makes of a webhook's secret what goes to the database.
         private_hosts: Hosts with private addresses that webhooks may lead to.
     """
 
@@ -88,6 +89,7 @@ class JobService:
         publish: Callable[[str], None],
         max_queued: int,
         min_free_bytes: int,
+        seal: Callable[[str], str],
         private_hosts: Collection[str] = (),
     ) -> None:
         self._repository = repository
@@ -96,6 +98,7 @@ class JobService:
         self._publish = publish
         self._max_queued = max_queued
         self._min_free_bytes = min_free_bytes
+        self._seal = seal
         self._private_hosts = private_hosts
 
     def submit(self, tenant: str, order: VideoOrder) -> JobRecord:
@@ -120,7 +123,7 @@ class JobService:
             **_resolve(self._find_checkpoint(order.model), order),
             "tenant": tenant,
             "webhook_url": order.webhook_url,
-            "webhook_secret": order.webhook_secret,
+            "webhook_secret": None if order.webhook_secret is None else self._seal(order.webhook_secret),
         }
 
     def remix(self, tenant: str, job_id: str, prompt: str) -> JobRecord:

@@ -65,7 +65,7 @@ class Webhook(Base):
     kinds: Mapped[list[str]] = mapped_column(JSON)
     """Which of :data:`KINDS` it hears of."""
     secret: Mapped[str] = mapped_column(String(200))
-    """``whsec_...``; signing needs it in clear."""
+    """Sealed (``server/sealing.py``): signing needs it in clear."""
     created_at: Mapped[float] = mapped_column(Double)
 
 
@@ -87,7 +87,7 @@ class Delivery(Base):
     """None: the address came with the request for the object."""
     url: Mapped[str] = mapped_column(Text)
     secret: Mapped[str | None] = mapped_column(String(200))
-    """Of a request's own address; else the webhook's is used."""
+    """Of a request's own address, sealed; else the webhook's is used."""
     kind: Mapped[str] = mapped_column(String(64))
     subject: Mapped[str] = mapped_column(String(64))
     data: Mapped[dict[str, Any]] = mapped_column(JSON)

@@ -1,8 +1,9 @@
 """All queries of webhooks and of the outbox. Each method is one transaction; the database's clock alone is compared."""
 
 import json
+import logging
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import and_, delete, func, insert, or_, select, update
@@ -10,8 +11,10 @@ from sqlalchemy import and_, delete, func, insert, or_, select, update
 from server.idempotency import note_made
 from server.jobs.database import Database, database_now
 from server.measures import Measure, Observation, add_observations
+from server.sealing import Sealer, SealError
+from server.settings import SettingsError
 from server.webhooks.model import Delivery, DeliveryState, Webhook, new_webhook_id
-from server.webhooks.signature import new_secret
+from server.webhooks.signature import new_secret, open_secret, seal_secret
 
 __all__ = [
     "AT_ONCE_A_URL",
@@ -23,6 +26,7 @@ __all__ = [
     "WebhookRepository",
 ]
 
+logger = logging.getLogger(__name__)
 _WEBHOOK: Any = Webhook.__table__
 _DELIVERY: Any = Delivery.__table__
 AT_ONCE_A_URL = 4
@@ -48,7 +52,8 @@ class WebhookRecord:
     tenant: str
     url: str
     kinds: list[str]
-    secret: str
+    secret: str = field(repr=False)
+    """Sealed, but of one that was just made."""
     created_at: float
 
 
@@ -61,7 +66,7 @@ class DeliveryRecord:
     tenant: str
     webhook_id: str | None
     url: str
-    secret: str | None
+    secret: str | None = field(repr=False)
     kind: str
     subject: str
     data: dict[str, Any]
@@ -80,7 +85,8 @@ class DueDelivery:
     """A claimed attempt: it is the claimer's until ``lease_s`` are over."""
 
     delivery: DeliveryRecord
-    secret: str
+    secret: str | None = field(repr=False)
+    """In clear; None: it cannot be opened with the keys that there are."""
 
     @property
     def body(self) -> bytes:
@@ -99,26 +105,28 @@ class DueDelivery:
 class WebhookRepository:
     """Storage of webhooks and deliveries. Safe to use from several threads."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, database: Database, sealer: Sealer) -> None:
+        self._database, self._sealer = database, sealer
 
     # -- clients ---------------------------------------------------------------------------------------------
 
     def add(self, tenant: str, *, url: str, kinds: list[str], most: int) -> WebhookRecord:
-        """Insert one, with a new secret.
+        """Insert one, with a new secret, which the answer alone tells.
 
         Raises:
             TooManyWebhooksError: The tenant has ``most`` already.
         """
+        secret = new_secret()
+        sealed = seal_secret(self._sealer, secret)
         with self._database.write() as connection:
             count = connection.scalar(select(func.count()).where(Webhook.tenant == tenant)) or 0
             if count >= most:
                 raise TooManyWebhooksError
-            values = {"id": new_webhook_id(), "tenant": tenant, "url": url, "kinds": kinds, "secret": new_secret()}
+            values = {"id": new_webhook_id(), "tenant": tenant, "url": url, "kinds": kinds, "secret": sealed}
             statement = insert(_WEBHOOK).values(created_at=database_now(), **values).returning(*_WEBHOOK.c)
             row = connection.execute(statement).one()
             note_made(connection, row.id)
-        return WebhookRecord(**row._mapping)
+        return WebhookRecord(**{**row._mapping, "secret": secret})
 
     def get(self, tenant: str, webhook_id: str) -> WebhookRecord | None:
         """The tenant's webhook of that id."""
@@ -219,8 +227,15 @@ class WebhookRepository:
         for row in rows:
             secret = row.secret if row.webhook_id is None else secrets.get(row.webhook_id)
             if secret is not None:  # else the webhook has just been removed, and its deliveries with it
-                claimed.append(DueDelivery(delivery=_delivery(row), secret=secret))
+                claimed.append(DueDelivery(delivery=_delivery(row), secret=self._opened(secret)))
         return claimed
+
+    def _opened(self, kept: str) -> str | None:
+        try:
+            return open_secret(self._sealer, kept)
+        except (SealError, SettingsError, OSError) as error:
+            logger.warning("the secret of a webhook cannot be opened: %s", error)
+            return None
 
     def settle(
         self,

@@ -128,6 +128,8 @@ class WebhookSender:
     async def _attempt(self, client: httpx.AsyncClient, due: DueDelivery) -> tuple[int | None, str | None]:
         """Status and problem of one attempt; no problem: it was delivered."""
         private_hosts = self._settings.webhook_private_hosts
+        if due.secret is None:
+            return None, "the secret cannot be opened: it was sealed with a key that the server does not have now"
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 target = check_url(due.delivery.url, private_hosts=private_hosts)
@@ -147,6 +149,7 @@ class WebhookSender:
         self, client: httpx.AsyncClient, due: DueDelivery, target: Target, addresses: Collection[str]
     ) -> int:
         """Send to the first address that takes a connection; returns the status."""
+        assert due.secret is not None  # else there is no attempt
         headers = {
             "content-type": "application/json",
             "user-agent": f"MedSora-Server/{medsora.__version__}",

@@ -6,7 +6,9 @@ import hashlib
 import hmac
 import secrets
 
-__all__ = ["PREFIX", "is_secret", "new_secret", "sign"]
+from server.sealing import Sealer
+
+__all__ = ["PREFIX", "is_secret", "new_secret", "open_secret", "seal_secret", "sign"]
 
 PREFIX = "whsec_"
 _LEAST_BYTES, _MOST_BYTES = 24, 64
@@ -26,6 +28,27 @@ def is_secret(text: str) -> bool:
     except (binascii.Error, ValueError):
         return False
     return _LEAST_BYTES <= len(key) <= _MOST_BYTES
+
+
+def seal_secret(sealer: Sealer, secret: str) -> str:
+    """A secret as it goes to the database: its bytes sealed, at most 200 characters.
+
+    Raises:
+        SettingsError, OSError: There is no key to seal with.
+    """
+    return sealer.seal(base64.b64decode(secret.removeprefix(PREFIX))).decode()
+
+
+def open_secret(sealer: Sealer, kept: str) -> str:
+    """The secret in clear.
+
+    Raises:
+        SealError: It was sealed with another key.
+        SettingsError, OSError: There is no key to open it with.
+    """
+    if kept.startswith(PREFIX):  # from before secrets were sealed
+        return kept
+    return PREFIX + base64.b64encode(sealer.open(kept.encode())).decode()
 
 
 def sign(secret: str, *, message_id: str, timestamp: int, body: bytes) -> dict[str, str]:

@@ -12,6 +12,7 @@ from server.app import create_app
 from server.jobs.database import Database, database_now, migrate
 from server.jobs.model import Job
 from server.jobs.repository import FinishedWork, JobRepository
+from server.sealing import Sealer
 from server.settings import Settings
 
 DEAD_BROKER = "redis://127.0.0.1:1/0"
@@ -40,6 +41,12 @@ def database(tmp_path: Path) -> Iterator[Database]:
     migrate(made)
     yield made
     made.close()
+
+
+@pytest.fixture
+def sealer(tmp_path: Path) -> Sealer:
+    """With a key of its own."""
+    return Sealer(Settings(data_dir=tmp_path))
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
 """CRUD of /v1/webhooks, the log of deliveries, and webhook_url of a request."""
 
+import base64
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
 from server.api.dependencies import Services
+from server.settings import Settings
 from server.webhooks.model import KINDS, new_webhook_id
 from server.webhooks.signature import is_secret, new_secret
 
@@ -123,3 +125,22 @@ def test_address_of_a_request_is_told_to_nobody(client: TestClient) -> None:
     services_of(client).jobs.cancel("default", made.json()["id"])
     (due,) = services_of(client).webhooks._repository.claim_due(limit=9, lease_s=9.0, max_attempts=3)
     assert (due.delivery.url, due.secret) == (URL, secret)
+
+
+def test_no_secret_is_on_the_disk_in_clear(client: TestClient, settings: Settings) -> None:
+    given = new_secret()
+    answers = [
+        client.post("/v1/webhooks", json={"url": URL}, headers={"idempotency-key": "k"}).json() for _ in range(2)
+    ]
+    assert answers[0] == answers[1], "what is kept to be answered again tells the secret, too"
+    cancel_one(client, webhook_url=URL, webhook_secret=given)
+    files = {path.name: path for path in settings.data_dir.iterdir() if path.is_file()}
+    assert {"medsora.db", "medsora.db-wal", "secrets.key"} <= set(files)
+    for name, path in files.items():
+        content = path.read_bytes()
+        assert path.stat().st_mode & 0o077 == 0, name
+        for secret in (given, answers[0]["secret"]):
+            assert secret.encode() not in content, name
+            assert base64.b64decode(secret.removeprefix("whsec_")) not in content, name
+    due = services_of(client).webhooks._repository.claim_due(limit=9, lease_s=9.0, max_attempts=3)
+    assert sorted(str(one.secret) for one in due) == sorted([given, answers[0]["secret"]])

@@ -26,14 +26,15 @@ from server.idempotency import (
 from server.jobs.database import Database, database_now
 from server.jobs.model import Job
 from server.keys.model import ALL_SCOPES
+from server.sealing import Sealer
 from server.settings import Settings
 
 PROMPT = {"prompt": "covid-convex"}
 
 
 @pytest.fixture
-def requests(database: Database) -> IdempotentRequests:
-    return IdempotentRequests(database)
+def requests(database: Database, sealer: Sealer) -> IdempotentRequests:
+    return IdempotentRequests(database, sealer)
 
 
 def begun(outcome: object) -> Begun:

@@ -17,6 +17,7 @@ from server.jobs.queue import JobQueue, QueueError
 from server.jobs.repository import FinishedWork, JobRepository
 from server.jobs.workers import WorkerRegistry
 from server.reaper import Reaper
+from server.sealing import Sealer
 from server.settings import Settings
 from server.sources.repository import SourceRepository
 from server.storage import ArtifactStore, Variant
@@ -72,7 +73,7 @@ def reaper(
         sources=SourceRepository(database),
         source_store=FileStore(settings.sources_dir),
         events=EventLog(database),
-        webhooks=WebhookRepository(database),
+        webhooks=WebhookRepository(database, Sealer(settings)),
     )
 
 

@@ -7,6 +7,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sqlalchemy import update
 from server.jobs.database import Database, database_now
 from server.jobs.repository import FinishedWork, JobRepository
 from server.measures import read_measures
+from server.sealing import Sealer
 from server.settings import Settings
 from server.webhooks import sender as sender_module
 from server.webhooks.model import KINDS, Delivery, DeliveryState
@@ -69,8 +71,8 @@ def receiver() -> Iterator[Receiver]:
 
 
 @pytest.fixture
-def webhooks(database: Database) -> WebhookRepository:
-    return WebhookRepository(database)
+def webhooks(database: Database, sealer: Sealer) -> WebhookRepository:
+    return WebhookRepository(database, sealer)
 
 
 def make_settings(folder: Path, **changes: Any) -> Settings:
@@ -83,26 +85,27 @@ def make_settings(folder: Path, **changes: Any) -> Settings:
     return Settings(data_dir=folder, **{**options, **changes})
 
 
+def run_sender(folder: Path, webhooks: WebhookRepository, until: Callable[[], Any], **changes: Any) -> None:
+    """Run a sender until a condition holds."""
+    stop = threading.Event()
+    sender = WebhookSender(make_settings(folder, **changes), webhooks)
+    thread = threading.Thread(target=sender.run, args=(stop,))
+    thread.start()
+    try:
+        deadline = time.monotonic() + 15
+        while not until():
+            assert time.monotonic() < deadline, "it never came to be"
+            time.sleep(0.01)
+    finally:
+        stop.set()
+        thread.join(15)
+    assert not thread.is_alive()
+
+
 @pytest.fixture
 def send(webhooks: WebhookRepository, tmp_path: Path) -> Callable[..., None]:
-    """Run a sender until a condition holds."""
-
-    def run(until: Callable[[], Any], **changes: Any) -> None:
-        stop = threading.Event()
-        sender = WebhookSender(make_settings(tmp_path, **changes), webhooks)
-        thread = threading.Thread(target=sender.run, args=(stop,))
-        thread.start()
-        try:
-            deadline = time.monotonic() + 15
-            while not until():
-                assert time.monotonic() < deadline, "it never came to be"
-                time.sleep(0.01)
-        finally:
-            stop.set()
-            thread.join(15)
-        assert not thread.is_alive()
-
-    return run
+    """A sender of these webhooks."""
+    return partial(run_sender, tmp_path, webhooks)
 
 
 def deliveries(webhooks: WebhookRepository, webhook_id: str, tenant: str = "default") -> list[DeliveryRecord]:
@@ -158,6 +161,19 @@ def test_address_of_a_request_has_its_own_secret(
     event = openai.OpenAI(api_key="any").webhooks.unwrap(body, headers, secret=secret)
     assert str(event.type) == "video.failed"
     assert json.loads(body)["data"]["error"]["code"] == "cancelled"
+
+
+def test_a_secret_that_cannot_be_opened_waits_for_its_key(
+    tmp_path: Path, receiver: Receiver, database: Database, webhooks: WebhookRepository, repository: JobRepository,
+    add_job: AddJob,
+) -> None:  # fmt: skip
+    webhook = webhooks.add("default", url=receiver.url, kinds=["video.failed"], most=1)
+    repository.request_cancel(add_job())
+    others = WebhookRepository(database, Sealer(Settings(data_dir=tmp_path / "other")))
+    run_sender(tmp_path, others, lambda: deliveries(webhooks, webhook.id)[0].problem, webhook_first_retry_s=60.0)
+    (delivery,) = deliveries(webhooks, webhook.id)
+    assert "sealed with a key that the server does not have now" in str(delivery.problem)
+    assert (delivery.state, receiver.received) == (DeliveryState.PENDING, [])
 
 
 def test_outbox_is_written_with_what_it_tells_and_for_those_who_want_it(
