@@ -93,9 +93,9 @@ class RunningServer:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         try:
-            first = self._wait_for_line("listens on", timeout_s=60)
+            first = self._wait_for_line("listens on", timeout_s=120)
             if expect_ready:
-                self._wait_for_line("is ready", timeout_s=90)
+                self._wait_for_line("is ready", timeout_s=120)
         except BaseException:
             self.process.terminate()
             raise
@@ -259,9 +259,17 @@ def start_server(tmp_path: Path, tiny_checkpoint: Path) -> Iterator[StartServer]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Iterator[RunningServer]:
+def server_variables() -> dict[str, str]:
+    """Settings of the server of a module, for modules that want others."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def server(
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, server_variables: dict[str, str]
+) -> Iterator[RunningServer]:
     """One server for all tests of a module."""
-    running = RunningServer(tmp_path_factory.mktemp("served") / "data", tiny_checkpoint)
+    running = RunningServer(tmp_path_factory.mktemp("served") / "data", tiny_checkpoint, **server_variables)
     yield running
     assert running.stop() == 0, "\n".join(running.lines[-40:])
     assert running.remaining_processes() == []

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
+import psutil
 import pytest
 
 if TYPE_CHECKING:
@@ -142,6 +143,19 @@ def test_frozen_worker_comes_back_too_late(server: "RunningServer", tmp_path: Pa
                 second.kill()
                 second.wait()
     assert server.job(job_id) == job, "the late worker changed a finished job"
+    assert_made_once(server, [job_id])
+
+
+def test_sampling_process_that_hangs_is_ended_by_its_time_limit(start_server: "StartServer") -> None:
+    """It does not hear what Python is told: as in a kernel of a GPU, or stopped."""
+    server = start_server(MEDSORA_JOB_TIME_LIMIT_S="12")
+    job_id = server.submit(steps=120)  # more than a moment, and far from the limit
+    server.wait_for_steps(job_id, 5)
+    (pid,) = server.sampling_pids()
+    server.freeze(pid)
+    job = server.wait_for(job_id, "succeeded", "failed", timeout_s=90)
+    assert (job.status.value, job.attempt) == ("succeeded", 2)
+    assert not psutil.pid_exists(pid)
     assert_made_once(server, [job_id])
 
 

@@ -12,6 +12,7 @@ import anyio
 import pytest
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
+from sqlalchemy import Connection, event
 
 from server.api.dependencies import Caller, Services, get_caller
 from server.app import create_app
@@ -580,6 +581,30 @@ def test_locked_database_is_told_as_503(settings: Settings, monkeypatch: pytest.
         assert "retry-after" in response.headers
         assert client.post("/v1/videos", json={"prompt": "covid-convex"}).status_code == 200
         assert len(client.get("/v1/videos").json()["data"]) == 1
+
+
+def test_a_database_that_cannot_be_written_is_told_as_503_and_still_read(client: TestClient) -> None:
+    """As on a disk that was mounted read-only."""
+    made = create(client)
+    engine = services_of(client).database.engine
+
+    @event.listens_for(engine, "begin")
+    def forbid(connection: Connection) -> None:
+        connection.exec_driver_sql("PRAGMA query_only=ON")
+
+    refused = client.post("/v1/videos", json={"prompt": "covid-convex"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "database_unavailable")
+    assert "retry-after" in refused.headers
+    assert client.delete(f"/v1/videos/{made}").status_code == 503
+    assert client.get(f"/v1/videos/{made}").status_code == 200
+    event.remove(engine, "begin", forbid)
+
+    @event.listens_for(engine, "begin")
+    def allow(connection: Connection) -> None:
+        connection.exec_driver_sql("PRAGMA query_only=OFF")
+
+    assert client.post("/v1/videos", json={"prompt": "covid-convex"}).status_code == 200
+    assert len(client.get("/v1/videos").json()["data"]) == 2
 
 
 def test_openapi_describes_both_bodies(client: TestClient) -> None:

@@ -449,6 +449,45 @@ def test_lack_of_memory_halves_the_batch_and_is_remembered(bench: Bench, add_job
     assert sizes == [4, 2, 1, 1, 2, 1, 1, 1, 1], "the last two are taken one by one from the beginning"
 
 
+class ProcessEndedError(BaseException):
+    """In place of the end of this process."""
+
+
+def test_a_broken_device_ends_the_process_and_the_others_of_the_batch_go_on(
+    bench: Bench, add_job: AddJob, repository: JobRepository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An assertion on the device leaves a context in which nothing works any more."""
+    codes: list[int] = []
+
+    def end(code: int) -> None:
+        codes.append(code)
+        raise ProcessEndedError
+
+    def break_it(requests: list[GenerationRequest]) -> None:
+        if 666 in {request.seed for request in requests}:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr("server.worker.generation.os._exit", end)
+    monkeypatch.setattr("server.worker.generation.logging.shutdown", lambda: None)
+    bench.model.at_batch = break_it
+    bad, good = add_job(seed=666), add_job(seed=1)
+    with pytest.raises(ProcessEndedError):
+        run_jobs(bench.runtime)
+    assert [repository.get(job_id).status.value for job_id in (bad, good)] == ["queued", "queued"]  # type: ignore[union-attr]
+    with pytest.raises(ProcessEndedError):  # a process a job that breaks it
+        run_jobs(bench.runtime)
+    run_jobs(bench.runtime)
+    done, failed = repository.get(good), repository.get(bad)
+    assert done is not None
+    assert failed is not None
+    assert (done.status, failed.status, failed.error_code) == (
+        JobStatus.SUCCEEDED,
+        JobStatus.FAILED,
+        "generation_failed",
+    )
+    assert codes == [70, 70]
+
+
 def test_soft_time_limit_lets_each_of_a_batch_try_alone(bench: Bench, add_job: AddJob) -> None:
     def refuse(requests: list[GenerationRequest]) -> None:
         if len(requests) > 1 or requests[0].seed == 1:

@@ -1,5 +1,6 @@
 """Jobs in the table: claims, fencing, leases, caps; each promise of the protocol."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,27 @@ def test_expired_claim_is_taken_over_and_the_old_worker_is_fenced_out(
     assert repository.succeed(job_id, 2, finished_work(job_id, 2))
     job = fetch(repository, job_id)
     assert (job.status, job.artifact) == (JobStatus.SUCCEEDED, finished_work(job_id, 2).artifact)
+
+
+@pytest.mark.parametrize("ahead_s", [-7200.0, 7200.0])
+def test_the_clock_of_a_worker_decides_nothing(
+    repository: JobRepository, add_job: AddJob, monkeypatch: pytest.MonkeyPatch, ahead_s: float
+) -> None:
+    job_id = add_job()
+    claim = repository.claim(job_id, worker="right")
+    assert claim is not None
+    with monkeypatch.context() as patch:
+        now = time.time
+        patch.setattr(time, "time", lambda: now() + ahead_s)
+        assert repository.claim(job_id, worker="wrong") is None, "taken too early"
+        assert repository.sweep_expired().jobs == []
+        later = repository.claim(add_job(), worker="wrong")
+        assert later is not None
+    assert repository.sweep_expired().jobs == [], "a lease that had run out when it was given"
+    assert repository.renew(later.job.id, later.token, steps_done=1) is False
+    lease_until = fetch(repository, later.job.id).lease_until
+    assert lease_until is not None
+    assert lease_until == pytest.approx(time.time() + 60.0, abs=5.0)
 
 
 def test_renewal_moves_the_lease_and_tells_of_cancellation(repository: JobRepository, add_job: AddJob) -> None:
