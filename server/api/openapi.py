@@ -69,7 +69,7 @@ def install_openapi(app: FastAPI, *, labels: list[str], models: list[str]) -> No
 
 
 _ERRORS = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorEnvelope"}}}
-_TEXT = {"type": "string"}
+_TEXT: dict[str, Any] = {"type": "string"}
 _KEY = {
     "name": "Idempotency-Key",
     "in": "header",
@@ -83,12 +83,12 @@ _OF_DOWNLOADS = {
     "If-Range": "An etag: the range counts only while it is that of the file.",
     "If-None-Match": "Etags of what the client has: one that is still that of the file is answered with 304.",
 }
-_RETRY = {
+_RETRY: dict[str, tuple[str, dict[str, Any]]] = {
     "retry-after": ("Seconds after which to try again.", {"type": "integer"}),
     "retry-after-ms": ("The same in milliseconds, for OpenAI's client.", {"type": "integer"}),
     "x-should-retry": ("Whether to try again by itself.", {"type": "string", "enum": ["true", "false"]}),
 }
-_RATES = {
+_RATES: dict[str, tuple[str, dict[str, Any]]] = {
     "ratelimit-limit": ("Requests a minute that the tenant may make; absent where any number.", {"type": "integer"}),
     "ratelimit-remaining": ("Requests that are left.", {"type": "integer"}),
     "ratelimit-reset": ("Seconds until all are back.", {"type": "integer"}),
@@ -116,9 +116,13 @@ def _add_headers(path: str, method: str, operation: dict[str, Any]) -> None:
     if parameters:
         operation["parameters"] = [*operation.get("parameters", []), *parameters]
     for status, response in responses.items():
-        told = {"x-request-id": ("Id of this request in the server's log.", _TEXT)}
-        told |= _RETRY if status in ("409", "429", "503") and is_under_keys else {}
-        told |= _RATES if is_under_keys else {}
+        told: dict[str, tuple[str, dict[str, Any]]] = {
+            "x-request-id": ("Id of this request in the server's log.", _TEXT)
+        }
+        if is_under_keys:
+            told |= _RATES
+            if status in ("409", "429", "503"):
+                told |= _RETRY
         headers = {name: _header(about, schema) for name, (about, schema) in told.items()}
         response["headers"] = {**headers, **response.get("headers", {})}
 
