@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from medsora.config import ModelConfig, config_from_json, config_to_json
 from medsora.errors import CheckpointError
 from medsora.files import parse_weight_header, read_bounded, sha256_of, sync, write_file
+from medsora.fingerprints import FINGERPRINT_BYTES
 from medsora.geometry import SPATIAL_STRIDE, is_valid_video_shape
 from medsora.jsonconfig import to_json
 from medsora.manifest import (
     CHECKED_FILES,
     FORMAT_VERSION,
     FileRecord,
+    FingerprintRecord,
     Label,
     Limits,
     Manifest,
@@ -49,7 +51,6 @@ __all__ = [
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_WEIGHT_BYTES = 16 * 2**30
 FINGERPRINTS = "fingerprints.bin"
-FINGERPRINT_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -149,11 +150,19 @@ def load_checkpoint(directory: str | Path) -> LoadedCheckpoint:
     return LoadedCheckpoint(config, manifest, autoencoder, denoiser)
 
 
-def add_fingerprints(directory: str | Path, fingerprints: bytes) -> Manifest:
+def add_fingerprints(
+    directory: str | Path,
+    fingerprints: bytes,
+    *,
+    max_resemblance: float | None = None,
+    metrics: Mapping[str, object] | None = None,
+) -> Manifest:
     """Add the fingerprints of its training clips to a checkpoint, in place of any from before.
 
     Args:
-        fingerprints: Of :func:`medsora.clip_files.fingerprint`, one behind the other.
+        fingerprints: Of :func:`medsora.fingerprints.fingerprint`, one behind the other.
+        max_resemblance: From which on a clip counts as a copy; None: that was not calibrated.
+        metrics: How well that works, for the manifest's ``metrics.training_copies``.
 
     Returns:
         The manifest as written.
@@ -164,8 +173,11 @@ def add_fingerprints(directory: str | Path, fingerprints: bytes) -> Manifest:
     target = Path(directory)
     if not fingerprints or len(fingerprints) % FINGERPRINT_BYTES:
         raise CheckpointError(f"fingerprints have {FINGERPRINT_BYTES} bytes each, got {len(fingerprints)} in all")
-    record = FileRecord(sha256=hashlib.sha256(fingerprints).hexdigest(), size_bytes=len(fingerprints))
+    digest = hashlib.sha256(fingerprints).hexdigest()
+    record = FingerprintRecord(sha256=digest, size_bytes=len(fingerprints), max_resemblance=max_resemblance)
     written = replace(read_manifest(target), fingerprints=record)
+    figures = {name: value for name, value in written.metrics.items() if name != "training_copies"}
+    written = replace(written, metrics=figures | ({} if metrics is None else {"training_copies": dict(metrics)}))
     write_file(target / FINGERPRINTS, fingerprints)
     write_file(target / "manifest.json", _json_bytes(to_json(written)))
     return written

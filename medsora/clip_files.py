@@ -22,10 +22,7 @@ from medsora.video_io import write_ffv1, write_mp4
 
 __all__ = [
     "CLIP_FORMATS",
-    "FINGERPRINT_BYTES",
     "ClipPart",
-    "fingerprint",
-    "fingerprint_distances",
     "frames_sha256",
     "mean_motion",
     "write_clip",
@@ -37,8 +34,6 @@ CLIP_FORMATS = {"mp4": ".mp4", "ffv1": ".mkv", "png": "", "dicom": ".dcm"}
 """Format -> ending of the name; of ``png`` a clip is a folder."""
 _TRUE_COLOUR = "1.2.840.10008.5.1.4.1.1.7.4"  # Multi-frame True Color Secondary Capture Image Storage
 _IMPLEMENTATION = "2.25.302891143117046817041417264402216401857"
-_SIDE, _TIMES = 16, 4
-FINGERPRINT_BYTES = _TIMES * _SIDE * _SIDE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +45,19 @@ class ClipPart:
     size_bytes: int
     crc32: int
     sha256: str
+    unsigned_sha256: str | None = None
+    """Of a file that carries a C2PA manifest: its hash before that was put in, by which it can be made again."""
+
+    @classmethod
+    def of(cls, name: str, content: bytes, *, unsigned_sha256: str | None = None) -> "ClipPart":
+        """A part of these bytes."""
+        digest = hashlib.sha256(content).hexdigest()
+        crc32 = zlib.crc32(content)
+        return cls(name=name, size_bytes=len(content), crc32=crc32, sha256=digest, unsigned_sha256=unsigned_sha256)
 
     def to_json(self) -> dict[str, Any]:
-        """As a dictionary."""
-        return asdict(self)
+        """As a dictionary, without what it has not."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def write_clip(
@@ -83,10 +87,10 @@ def write_clip(
     elif clip_format == "png":
         pictures = [_png(frame, metadata) for frame in frames]
         path.write_bytes(b"".join(pictures))
-        return [_part(f"/frame_{number:04d}.png", picture) for number, picture in enumerate(pictures)]
+        return [ClipPart.of(f"/frame_{number:04d}.png", picture) for number, picture in enumerate(pictures)]
     else:
         raise MedsoraError(f"there is no format {clip_format!r} of clips; allowed: {', '.join(CLIP_FORMATS)}")
-    return [_part(CLIP_FORMATS[clip_format], path.read_bytes())]
+    return [ClipPart.of(CLIP_FORMATS[clip_format], path.read_bytes())]
 
 
 def frames_sha256(frames: Frames) -> str:
@@ -100,38 +104,6 @@ def mean_motion(frames: Frames) -> float:
         return 0.0
     grey = frames.astype(np.float32).mean(axis=-1)
     return float(np.abs(np.diff(grey, axis=0)).mean())
-
-
-def fingerprint(frames: Frames) -> bytes:
-    """A small grey picture of the clip: 4 moments of 16x16 pixels, uint8, each the mean of the pixels it stands for."""
-    grey = frames.astype(np.float32).mean(axis=-1)
-    moments = np.linspace(0, len(grey) - 1, _TIMES).round().astype(int)
-    small = _area_mean(_area_mean(grey[moments], 1), 2)
-    return small.round().clip(0, 255).astype(np.uint8).tobytes()
-
-
-def fingerprint_distances(one: bytes, others: Frames) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Root mean square difference in grey levels (0 to 255) of a fingerprint and each of several, ``(n, 1024)``."""
-    mine = np.frombuffer(one, np.uint8).astype(np.float32)
-    difference = others.astype(np.float32) - mine
-    distances: np.ndarray[Any, np.dtype[np.float32]] = np.sqrt(np.square(difference).mean(axis=1))
-    return distances
-
-
-def _area_mean(values: np.ndarray[Any, Any], axis: int) -> np.ndarray[Any, Any]:
-    """Means over 16 equal stretches of an axis; where it is no multiple of 16, pixels count by their share."""
-    length = values.shape[axis]
-    edges = np.arange(_SIDE + 1) * (length / _SIDE)
-    starts, ends = edges[:-1, None], edges[1:, None]
-    pixels = np.arange(length)[None]
-    weights = np.clip(np.minimum(ends, pixels + 1) - np.maximum(starts, pixels), 0, None)
-    weights /= weights.sum(axis=1, keepdims=True)
-    return np.moveaxis(np.tensordot(values, weights, axes=([axis], [1])), -1, axis)
-
-
-def _part(name: str, content: bytes) -> ClipPart:
-    digest = hashlib.sha256(content).hexdigest()
-    return ClipPart(name=name, size_bytes=len(content), crc32=zlib.crc32(content), sha256=digest)
 
 
 def _png(frame: Frames, metadata: Mapping[str, str]) -> bytes:

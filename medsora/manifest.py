@@ -20,6 +20,7 @@ __all__ = [
     "CHECKED_FILES",
     "FORMAT_VERSION",
     "FileRecord",
+    "FingerprintRecord",
     "Label",
     "Limits",
     "Manifest",
@@ -115,6 +116,15 @@ class FileRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FingerprintRecord(FileRecord):
+    """The same of ``fingerprints.bin``, and what they are to be compared by."""
+
+    max_resemblance: float | None = None
+    """Above this resemblance a clip counts as a copy of a training clip
+    (:class:`medsora.fingerprints.TrainingFingerprints`); None: it was not calibrated."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything about a checkpoint but its weights and network shape."""
 
@@ -130,9 +140,8 @@ class Manifest:
     labels: tuple[Label, ...]
     limits: Limits
     files: dict[str, FileRecord] = field(default_factory=dict)
-    fingerprints: FileRecord | None = None
-    """Of ``fingerprints.bin``: small pictures of the training clips, to tell copies of them by
-    (:mod:`medsora.clip_files`); None: there are none."""
+    fingerprints: FingerprintRecord | None = None
+    """Small pictures of the training clips, to tell copies of them by; None: there are none."""
     training_data: tuple[dict[str, str], ...] = ()
     """One entry a clip: file, licence, source, attribution."""
     training: dict[str, Any] = field(default_factory=dict)
@@ -173,6 +182,9 @@ class Manifest:
                 f"limits.clean_prefixes needs windows of {2 * CHUNK_FRAMES} frames or more: a known chunk of "
                 f"{CHUNK_FRAMES} and a new one; limits.num_frames are {limits.num_frames}"
             )
+        most = None if self.fingerprints is None else self.fingerprints.max_resemblance
+        if most is not None and not 0 < most < 1:
+            raise ValueError(f"fingerprints.max_resemblance must lie between 0 and 1, got {most}")
         if limits.max_frames is not None and not (
             limits.clean_prefixes and limits.max_frames >= limits.window and limits.max_frames % CHUNK_FRAMES == 0
         ):

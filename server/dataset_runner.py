@@ -66,9 +66,10 @@ class DatasetRunner(BulkRunner):
             old = [path for path in self._files.files(dataset_id) if time.time() - path.stat().st_mtime > older_than_s]
             for begin in range(0, len(old), 500):
                 portion = old[begin : begin + 500]
-                keep = self._datasets.known_files(dataset_id, [path.name.partition(".")[0] for path in portion])
+                attempts = self._datasets.known_attempts(dataset_id, [path.name.partition(".")[0] for path in portion])
                 for path in portion:
-                    if path.name.partition(".")[0] not in keep or path.suffix == ".part":
+                    job_id, _, attempt = path.name.partition(".")
+                    if path.suffix == ".part" or attempts.get(job_id, 0) not in (None, int(attempt)):
                         path.unlink(missing_ok=True)
                         removed += 1
         return removed

@@ -371,6 +371,29 @@ def export_command(
     typer.echo(f"{out}: {len(manifest.labels)} labels, {size / 2**20:.1f} MiB")
 
 
+@app.command("fingerprints")
+def fingerprints_command(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory; its manifest is written anew.")],
+    data: DataOption,
+    name: Annotated[
+        str | None,
+        typer.Option("--recipe", help="Whose training windows; default that which made the checkpoint."),
+    ] = None,
+    settings: SetOption = None,
+    count: Annotated[int, typer.Option(help="Most fingerprints, 1 KiB each.", min=1, max=2048)] = 2048,
+) -> None:
+    """Put fingerprints of its training clips into a checkpoint, so that a server can drop copies of them."""
+    from medsora.checkpoint import load_checkpoint
+    from training.fingerprints import fingerprint_checkpoint
+
+    loaded = load_checkpoint(checkpoint)
+    made_by = name or loaded.manifest.training.get("denoiser", {}).get("recipe")
+    if made_by is None:
+        raise typer.BadParameter(f"{checkpoint} does not say which recipe made it: give --recipe")
+    config = _configure(made_by, settings, data)
+    fingerprint_checkpoint(checkpoint, data, config.data, loaded.config, count=count, report=typer.echo)
+
+
 def _configure(name: str, settings: list[str] | None, data: Path) -> TrainConfig:
     """The recipe, made to fit the data where they are a prepared cache, with the user's values replaced."""
     from training.prepare.cache import is_cache, open_cache

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medsora.checkpoint import add_fingerprints, load_checkpoint, save_checkpoint
-from medsora.clip_files import fingerprint
+from medsora.checkpoint import load_checkpoint, save_checkpoint
 from medsora.config import SHORTCUT, DenoiserConfig, ModelConfig
 from medsora.geometry import CHUNK_FRAMES
 from medsora.manifest import FORMAT_VERSION, Label, Limits, Manifest, normalise_label
 from training.config import DataConfig, TrainConfig
 from training.errors import TrainingError
-from training.runs import RunResult, load_result, load_split
+from training.fingerprints import fingerprint_checkpoint
+from training.runs import RunResult, load_result
 
 __all__ = [
     "Sampling",
@@ -29,7 +29,6 @@ __all__ = [
     "export_checkpoint",
     "shortcut_limits",
     "training_data_entries",
-    "training_fingerprints",
 ]
 
 INTENDED_USE = (
@@ -43,8 +42,6 @@ FINDINGS = {
     "pneumonia": ("bacterial pneumonia", ("bacterial pneumonia", "pneumonia lung")),
 }
 MAX_ENTRIES = 2000
-MAX_FINGERPRINTS = 2048
-"""Of training windows, 1 KiB each."""
 PROBES = {"convex": ("convex", "curvilinear", "curved"), "linear": ("linear", "linear array")}
 
 
@@ -205,20 +202,12 @@ def export_checkpoint(
         )
         _verify(scratch, coder, denoiser.weights)
         if table is not None:
-            written = add_fingerprints(scratch, training_fingerprints(table, data, config))
+            written = fingerprint_checkpoint(scratch, table, data, config)
         shutil.rmtree(directory, ignore_errors=True)
         scratch.replace(directory)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return written
-
-
-def training_fingerprints(table: Path, data: DataConfig, config: ModelConfig) -> bytes:
-    """Fingerprints of training windows, evenly spaced where there are more than :data:`MAX_FINGERPRINTS`."""
-    clips = load_split(table, data, config, "train", device=torch.device("cpu"))
-    windows = torch.linspace(0, len(clips) - 1, min(len(clips), MAX_FINGERPRINTS)).round().long()
-    unchanged = torch.zeros(1, dtype=torch.bool)
-    return b"".join(fingerprint(clips.gather(window, unchanged)[0].numpy()) for window in windows[:, None])
 
 
 def _autoencoder(path: Path, wanted: str | None) -> tuple[dict[str, Tensor], str, dict[str, Any]]:

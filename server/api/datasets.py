@@ -33,7 +33,7 @@ _Distance = Annotated[Real, Field(gt=0, le=255)]
 
 
 class FilterFields(BaseModel):
-    """Clips that are dropped and made up for with further seeds. All distances are in grey levels, 0 to 255."""
+    """Clips that are dropped and made up for with further seeds. Motion and distance are in grey levels, 0 to 255."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -45,10 +45,15 @@ class FilterFields(BaseModel):
         description="Least root mean square distance to every other clip of the dataset, between small grey pictures "
         "(4 moments of 16x16 pixels): drops duplicates.",
     )
-    min_training_distance: _Distance | None = Field(
+    drop_memorised: bool = Field(
+        False,
+        description="Whether to drop clips that resemble a training clip more than max_training_resemblance. Only for "
+        "models that come with fingerprints of their training clips.",
+    )
+    max_training_resemblance: Annotated[Real, Field(gt=0, lt=1)] | None = Field(
         None,
-        description="The same to every training clip of the model: drops what it has memorised. Only for models "
-        "that come with fingerprints of their training clips.",
+        description="Most correlation with any training clip, above 0 and below 1; left out: what the model was "
+        "calibrated for. Goes with drop_memorised.",
     )
     max_tries: Annotated[Whole, Field(ge=1, le=20)] = Field(
         4, description="Most tries a clip, failures included; after them it is missing."
@@ -203,7 +208,7 @@ class ClipObject(BaseModel):
     video_id: str | None = Field(description="Of the newest try.")
     size_bytes: int | None
     frames_sha256: str | None
-    measures: dict[str, float] | None = Field(description="What filters look at, in grey levels.")
+    measures: dict[str, float] | None = Field(description="What filters look at.")
     reason: str | None = Field(description="Why it is missing.")
 
     @classmethod

@@ -1,19 +1,21 @@
 """Archives whose every byte can be computed: ZIP without compression, or TAR, from files that stay where they are.
 
-An archive is a sequence of pieces of known size. To send bytes from the middle, pieces in front are skipped without
-being read; nothing is held but the piece at hand. Members are listed anew for each pass, so the memory that is needed
-does not grow with their number.
+An archive is made of groups of members. When it is made, all groups are listed once, and of each only its size and
+place is kept: the index. To send bytes from the middle, the stretches that hold them are listed again, and nothing in
+front of them. Nothing else is held but the piece at hand.
 """
 
 import struct
 import tarfile
 import zipfile
 import zlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-__all__ = ["CONTAINERS", "Archive", "FilePiece", "Member", "Piece", "combined_crc32", "tar_member"]
+__all__ = ["CONTAINERS", "Archive", "FilePiece", "Group", "Member", "Piece", "Run", "combined_crc32", "tar_member"]
 
 CONTAINERS = {"zip": "application/zip", "tar": "application/x-tar"}
 _CHUNK = 256 * 1024
@@ -34,6 +36,33 @@ class FilePiece:
 
 
 Piece = bytes | FilePiece
+Pieces = Callable[[], Iterable[Piece]]
+Group = Callable[[], Iterable["Member"]]
+_Wrapping = Callable[["Member"], bytes]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stretch of bytes that is measured, and listed only when it is to be sent."""
+
+    size: int
+    crc32: int
+    pieces: Pieces
+    """The same bytes whenever it is called."""
+
+    @classmethod
+    def of(cls, pieces: Pieces, *, now: Iterable[Piece] | None = None) -> "Run":
+        """A run of these pieces, which are listed once to be measured.
+
+        Args:
+            now: What ``pieces`` would list, where that is at hand.
+        """
+        size = checksum = 0
+        for piece in pieces() if now is None else now:
+            length, its_checksum = _measures(piece)
+            checksum = combined_crc32(checksum, its_checksum, length)
+            size += length
+        return cls(size, checksum, pieces)
 
 
 @dataclass(frozen=True)
@@ -41,106 +70,149 @@ class Member:
     """A file of an archive."""
 
     name: str
-    size: int
-    crc32: int
-    pieces: Callable[[], Iterable[Piece]]
-    """Its bytes; asked for only when they are to be sent, possibly more than once."""
+    runs: tuple[Run, ...]
 
     @classmethod
-    def of(cls, name: str, pieces: Callable[[], Iterable[Piece]]) -> "Member":
-        """A member whose size and checksum are those of its pieces, which are listed once for that."""
-        size = checksum = 0
-        for piece in pieces():
-            length, its_checksum = _measures(piece)
-            checksum = combined_crc32(checksum, its_checksum, length)
-            size += length
-        return cls(name, size, checksum, pieces)
+    def of(cls, name: str, *pieces: Piece) -> "Member":
+        """A member of a few pieces that are at hand."""
+        return cls(name, (Run.of(lambda: pieces),))
+
+    @property
+    def size(self) -> int:
+        """Bytes in it."""
+        return sum(run.size for run in self.runs)
+
+    @property
+    def crc32(self) -> int:
+        """Checksum of all of it."""
+        checksum = 0
+        for run in self.runs:
+            checksum = combined_crc32(checksum, run.crc32, run.size)
+        return checksum
+
+    def pieces(self) -> Iterator[Piece]:
+        """All of its bytes."""
+        for run in self.runs:
+            yield from run.pieces()
 
 
 class Archive:
-    """A ZIP or TAR of these members.
+    """A ZIP or TAR of these members, which are all listed once now.
 
     Args:
         container: Of :data:`CONTAINERS`.
-        members: Lists the members; the same ones in the same order whenever it is called.
+        groups: Each lists some members, the same ones whenever it is called. Whoever asks for a byte of a group has it
+            listed up to that byte; of a member of several runs, only the run.
     """
 
-    def __init__(self, container: str, members: Callable[[], Iterable[Member]]) -> None:
-        self._members = members
-        self._pieces = {"zip": self._zip, "tar": self._tar}[container]
+    def __init__(self, container: str, groups: Iterable[Group]) -> None:
+        self._begins: list[int] = []
+        """Where each stretch begins."""
+        self._stretches: list[Pieces] = []
+        self._size = 0
+        {"zip": self._lay_zip, "tar": self._lay_tar}[container](groups)
 
     def size(self) -> int:
         """Bytes of the whole archive."""
-        return sum(_measures(piece)[0] for piece in self._pieces(is_read=False))
+        return self._size
 
     def read(self, begin: int, end: int) -> Iterator[bytes]:
-        """The bytes from ``begin`` up to but not ``end``.
+        """The bytes from ``begin`` up to but not ``end``, which lie within the archive.
 
         Raises:
-            OSError: A file is gone, or shorter than it was.
+            OSError: A file is gone, or shorter than it was; or rows are.
         """
-        position = 0
-        for piece in self._pieces(is_read=True):
-            if position >= end:
-                return
-            size = _measures(piece)[0]
-            first, last = max(begin - position, 0), min(end - position, size)
-            position += size
-            if first >= last:
-                continue
-            if isinstance(piece, bytes):
-                yield piece[first:last]
-            elif isinstance(piece, FilePiece):
-                yield from _read_file(piece, first, last)
-            else:
-                raise AssertionError("only a measured pass has gaps")
+        number = bisect_right(self._begins, begin) - 1
+        while number < len(self._begins) and self._begins[number] < end:
+            position = self._begins[number]
+            number += 1
+            until = self._begins[number] if number < len(self._begins) else self._size
+            for piece in self._stretches[number - 1]():
+                if position >= min(until, end):
+                    break
+                size = len(piece) if isinstance(piece, bytes) else piece.size
+                first, last = max(begin - position, 0), min(end - position, size)
+                position += size
+                if first >= last:
+                    continue
+                if isinstance(piece, bytes):
+                    yield piece[first:last]
+                else:
+                    yield from _read_file(piece, first, last)
+            if position < min(until, end):
+                raise OSError("what the archive was made of has gone")
 
-    def _tar(self, *, is_read: bool) -> Iterator["Piece | _Gap"]:
-        total = 0
-        for member in self._members():
-            for piece in tar_member(member) if is_read else _measured_tar_member(member):
-                total += _measures(piece)[0]
-                yield piece
+    def _lay(self, size: int, pieces: Pieces) -> None:
+        if size:
+            self._begins.append(self._size)
+            self._stretches.append(pieces)
+            self._size += size
+
+    def _lay_members(self, group: Group, members: list[Member], before: _Wrapping, after: _Wrapping) -> None:
+        """Members as they stand in the archive: those of several runs one by one, else all as one stretch."""
+        if all(len(member.runs) == 1 for member in members):
+            size = sum(len(before(member)) + member.size + len(after(member)) for member in members)
+            self._lay(size, lambda: _wrapped(group(), before, after))
+            return
+        for member in members:
+            first, last = before(member), after(member)
+            self._lay(len(first), partial(list, [first]))
+            for run in member.runs:
+                self._lay(run.size, run.pieces)
+            self._lay(len(last), partial(list, [last]))
+
+    def _lay_tar(self, groups: Iterable[Group]) -> None:
+        for group in groups:
+            self._lay_members(group, list(group()), _tar_header, _tar_padding)
         # two blocks of zeros, and then up to a whole record, as tar itself writes
-        yield b"\0" * (2 * tarfile.BLOCKSIZE + -(total + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE)
+        end = b"\0" * (2 * tarfile.BLOCKSIZE + -(self._size + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE)
+        self._lay(len(end), lambda: [end])
 
-    def _zip(self, *, is_read: bool) -> Iterator["Piece | _Gap"]:
-        position = count = 0
-        for member in self._members():
-            header = _local_header(member)
-            yield header
-            if is_read:
-                yield from member.pieces()
-            else:
-                yield _Gap(member.size)
-            position += len(header) + member.size
-            count += 1
-        directory_begin, offset, directory_size = position, 0, 0
-        for member in self._members():
-            entry = _directory_entry(member, offset)
-            yield entry
-            directory_size += len(entry)
-            offset += len(_local_header(member)) + member.size
-        yield _directory_end(count, directory_size, directory_begin)
-
-
-@dataclass(frozen=True)
-class _Gap:
-    """Bytes that nobody wants to read."""
-
-    size: int
+    def _lay_zip(self, groups: Iterable[Group]) -> None:
+        directory: list[tuple[int, Pieces]] = []
+        count = 0
+        for group in groups:
+            members, offset = list(group()), self._size
+            size = sum(len(entry) for entry in _directory(members, offset))
+            directory.append((size, partial(_directory_of, group, offset)))
+            self._lay_members(group, members, _local_header, _nothing)
+            count += len(members)
+        begin = self._size
+        for size, entries in directory:
+            self._lay(size, entries)
+        end = _directory_end(count, self._size - begin, begin)
+        self._lay(len(end), lambda: [end])
 
 
 def tar_member(member: Member) -> Iterator[Piece]:
     """A member as it stands in a TAR: header, content, padding."""
-    yield _tar_header(member)
-    yield from member.pieces()
-    yield b"\0" * (-member.size % tarfile.BLOCKSIZE)
+    return _wrapped([member], _tar_header, _tar_padding)
 
 
-def _measured_tar_member(member: Member) -> Iterator["Piece | _Gap"]:
-    yield _tar_header(member)
-    yield _Gap(member.size + -member.size % tarfile.BLOCKSIZE)
+def _wrapped(members: Iterable[Member], before: _Wrapping, after: _Wrapping) -> Iterator[Piece]:
+    for member in members:
+        yield before(member)
+        yield from member.pieces()
+        yield after(member)
+
+
+def _tar_padding(member: Member) -> bytes:
+    return b"\0" * (-member.size % tarfile.BLOCKSIZE)
+
+
+def _nothing(member: Member) -> bytes:
+    return b""
+
+
+def _directory(members: Iterable[Member], offset: int) -> Iterator[bytes]:
+    """Entries of the central directory for members that lie in the archive from ``offset`` on."""
+    for member in members:
+        yield _directory_entry(member, offset)
+        offset += len(_local_header(member)) + member.size
+
+
+def _directory_of(group: Group, offset: int) -> Iterator[bytes]:
+    return _directory(group(), offset)
 
 
 def _tar_header(member: Member) -> bytes:
@@ -157,8 +229,8 @@ def combined_crc32(first: int, second: int, second_size: int) -> int:
     >>> combined_crc32(zlib.crc32(b"ab"), zlib.crc32(b"cde"), 3) == zlib.crc32(b"abcde")
     True
     """
-    if second_size == 0:
-        return first
+    if second_size == 0 or first == 0:
+        return second if second_size else first
     checksum = first
     for power in range(second_size.bit_length()):
         if second_size >> power & 1:
@@ -194,13 +266,11 @@ def _times(matrix: tuple[int, ...], vector: int) -> int:
     return result
 
 
-def _measures(piece: "Piece | _Gap") -> tuple[int, int]:
+def _measures(piece: Piece) -> tuple[int, int]:
     """Size and checksum of a piece."""
     if isinstance(piece, bytes):
         return len(piece), zlib.crc32(piece)
-    if isinstance(piece, FilePiece):
-        return piece.size, piece.crc32
-    return piece.size, 0
+    return piece.size, piece.crc32
 
 
 def _read_file(piece: FilePiece, first: int, last: int) -> Iterator[bytes]:

@@ -1,63 +1,98 @@
 """What lies where in the archive of a dataset: clips by its format, a manifest, drops, and a card."""
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
-from medsora.provenance import SYNTHETIC_NOTE
-from server.datasets.archive import FilePiece, Member, Piece, tar_member
+from server.datasets.archive import FilePiece, Group, Member, Piece, Run, tar_member
+from server.datasets.card import MANIFEST_NAME, dataset_card
 from server.datasets.files import DatasetFiles
-from server.datasets.model import FORMATS, DatasetStatus
+from server.datasets.model import FORMATS
 from server.datasets.repository import ClipRecord, DatasetRecord, DatasetRepository
 
-__all__ = ["MANIFEST_NAME", "SHARD_CLIPS", "members_of", "training_sources"]
+__all__ = ["PORTION_CLIPS", "SHARD_CLIPS", "groups_of"]
 
 SHARD_CLIPS = 256
 """Most clips of a WebDataset shard."""
-MANIFEST_NAME = "manifest.jsonl"
-_HOW = {
-    "videofolder": 'from datasets import load_dataset\n\ndataset = load_dataset("videofolder", data_dir=".")',
-    "webdataset": (
-        'import webdataset\n\ndataset = webdataset.WebDataset("shards/train-000000.tar", shardshuffle=False)\n'
-        'for sample in dataset:\n    video, about = sample["mp4"], sample["json"]  # bytes'
-    ),
-    "ffv1": "from medsora.video_io import read_video\n\nframes, fps = read_video(path)  # exact to the bit",
-    "png": "import numpy\nfrom PIL import Image\n\nframe = numpy.asarray(Image.open(path))  # exact to the bit",
-    "dicom": "import pydicom\n\nframes = pydicom.dcmread(path).pixel_array  # (frames, height, width, 3)",
-}
+PORTION_CLIPS = 128
+"""Clips whose rows are read at once: as many as a range of one byte costs at most."""
 
 
-def members_of(
-    dataset: DatasetRecord, repository: DatasetRepository, files: DatasetFiles
-) -> Callable[[], Iterator[Member]]:
-    """Lists the members of the archive of what was done when ``dataset`` was read."""
-    card = _card(dataset, repository.drop_counts(dataset)).encode()
+def groups_of(dataset: DatasetRecord, repository: DatasetRepository, files: DatasetFiles) -> list[Group]:
+    """Groups of members of the archive of what was done when ``dataset`` was read.
 
-    def lines() -> Iterator[Piece]:
-        for clip in repository.done_clips(dataset):
-            yield _json_line(_manifest_entry(dataset, clip))
-
-    def drops() -> Iterator[Piece]:
-        for drop in repository.drops(dataset):
-            yield _json_line(drop)
-
-    fixed = [Member.of("README.md", lambda: [card]), Member.of(MANIFEST_NAME, lines)]
+    Rows are read a portion at a time, here and whenever a group is listed; kept is where portions begin and end.
+    """
+    card = dataset_card(dataset, repository.drop_counts(dataset)).encode()
+    rows = _Rows(dataset, repository)
+    about: list[Member] = [Member.of("README.md", card), Member(MANIFEST_NAME, rows.runs(_manifest_line))]
     if dataset.dropped:
-        fixed.append(Member.of("dropped.jsonl", drops))
+        about.append(Member("dropped.jsonl", tuple(_drops(dataset, repository))))
     if dataset.format == "videofolder":
-        fixed += _folder_metadata(dataset, repository)
+        for number, split in enumerate(dataset.splits):
+            runs = rows.runs(_metadata_line, split=number)
+            if runs:
+                about.append(Member(f"{split['name']}/metadata.jsonl", runs))
+    groups: list[Group] = [partial(list, [member]) for member in about]
+    if dataset.format == "webdataset":
+        return groups + [partial(list, [shard]) for shard in _shards(dataset, rows, files)]
 
-    def members() -> Iterator[Member]:
-        yield from fixed
-        if dataset.format == "webdataset":
-            yield from _shards(dataset, repository, files)
-            return
-        for clip in repository.done_clips(dataset):
+    def clips(portion: _Portion) -> Iterator[Member]:
+        for clip in rows.of(portion):
             yield from _parts(dataset, clip, files, _clip_name(dataset, clip))
 
-    return members
+    return groups + [partial(clips, portion) for portion in rows.portions()]
+
+
+@dataclass(frozen=True)
+class _Portion:
+    """Some of the clips that are done, one behind another."""
+
+    first: int
+    last: int
+    count: int
+    split: int | None
+
+
+class _Rows:
+    """The rows of the clips that were done when ``dataset`` was read."""
+
+    def __init__(self, dataset: DatasetRecord, repository: DatasetRepository) -> None:
+        self._dataset, self._repository = dataset, repository
+
+    def of(self, portion: _Portion) -> list[ClipRecord]:
+        """The clips of a portion, which are the same ones for ever."""
+        return self._repository.done_clips(
+            self._dataset, first=portion.first, last=portion.last, split=portion.split, limit=portion.count
+        )
+
+    def portions(self, *, split: int | None = None) -> Iterator[_Portion]:
+        """All clips, or those of a split."""
+        return (portion for portion, _ in self._walk(split))
+
+    def runs(self, line: Callable[[DatasetRecord, ClipRecord], bytes], *, split: int | None = None) -> tuple[Run, ...]:
+        """A line for each clip."""
+
+        def again(portion: _Portion) -> Iterator[Piece]:
+            return (line(self._dataset, clip) for clip in self.of(portion))
+
+        return tuple(
+            Run.of(partial(again, portion), now=[line(self._dataset, clip) for clip in clips])
+            for portion, clips in self._walk(split)
+        )
+
+    def _walk(self, split: int | None) -> Iterator[tuple[_Portion, list[ClipRecord]]]:
+        first = 0
+        while True:
+            clips = self._repository.done_clips(self._dataset, first=first, split=split, limit=PORTION_CLIPS)
+            if clips:
+                yield _Portion(clips[0].number, clips[-1].number, len(clips), split), clips
+            if len(clips) < PORTION_CLIPS:
+                return
+            first = clips[-1].number + 1
 
 
 def _clip_name(dataset: DatasetRecord, clip: ClipRecord) -> str:
@@ -76,56 +111,53 @@ def _parts(dataset: DatasetRecord, clip: ClipRecord, files: DatasetFiles, name: 
     assert clip.attempt is not None
     path, offset = files.path(dataset.id, clip.job_id, clip.attempt), 0
     for part in clip.parts or []:
-        piece = FilePiece(path, offset, part["size_bytes"], part["crc32"])
-        yield Member(name + part["name"], piece.size, piece.crc32, lambda piece=piece: [piece])  # type: ignore[misc]
-        offset += piece.size
+        yield Member.of(name + part["name"], FilePiece(path, offset, part["size_bytes"], part["crc32"]))
+        offset += part["size_bytes"]
 
 
-def _shards(dataset: DatasetRecord, repository: DatasetRepository, files: DatasetFiles) -> Iterator[Member]:
+def _shards(dataset: DatasetRecord, rows: _Rows, files: DatasetFiles) -> Iterator[Member]:
     """TARs as WebDataset reads them: files with the same name before the dot are one sample."""
+
+    def samples(portion: _Portion) -> Iterator[Piece]:
+        for clip in rows.of(portion):
+            for member in _parts(dataset, clip, files, _key(clip)):
+                yield from tar_member(member)
+            yield from tar_member(Member.of(f"{_key(clip)}.json", _manifest_line(dataset, clip)))
+
+    end = Run.of(lambda: [bytes(1024)])
     for number, split in enumerate(dataset.splits):
-        clips = repository.done_clips(dataset, split=number)
+        portions = rows.portions(split=number)
         shard = 0
-        while portion := list(islice(clips, SHARD_CLIPS)):
-            yield Member.of(
-                f"shards/{split['name']}-{shard:06d}.tar",
-                lambda portion=portion: _shard(dataset, portion, files),  # type: ignore[misc]
-            )
+        while some := list(islice(portions, SHARD_CLIPS // PORTION_CLIPS)):
+            runs = [Run.of(partial(samples, portion)) for portion in some]
+            yield Member(f"shards/{split['name']}-{shard:06d}.tar", (*runs, end))
             shard += 1
 
 
-def _shard(dataset: DatasetRecord, clips: Iterable[ClipRecord], files: DatasetFiles) -> Iterator[Piece]:
-    for clip in clips:
-        for member in _parts(dataset, clip, files, _key(clip)):
-            yield from tar_member(member)
-        about = _json_line(_manifest_entry(dataset, clip))
-        yield from tar_member(Member.of(f"{_key(clip)}.json", lambda about=about: [about]))  # type: ignore[misc]
-    yield b"\0" * 1024
+def _drops(dataset: DatasetRecord, repository: DatasetRepository) -> Iterator[Run]:
+    """A line for each try that had come to nothing when ``dataset`` was read."""
+
+    def lines(after: int, limit: int) -> list[Piece]:
+        return [_json_line(drop) for _, drop in repository.drops(dataset, after=after, limit=limit)]
+
+    after, left = 0, dataset.dropped
+    while left > 0 and (drops := repository.drops(dataset, after=after, limit=min(left, PORTION_CLIPS))):
+        yield Run.of(partial(lines, after, len(drops)), now=[_json_line(drop) for _, drop in drops])
+        after, left = drops[-1][0], left - len(drops)
 
 
-def _folder_metadata(dataset: DatasetRecord, repository: DatasetRepository) -> list[Member]:
-    """One ``metadata.jsonl`` a split, from which the library ``datasets`` takes the columns beside the video."""
-    members = []
-    present = {clip.split for clip in repository.done_clips(dataset)}
-    for number, split in enumerate(dataset.splits):
-        if number not in present:
-            continue
-
-        def lines(number: int = number) -> Iterator[Piece]:
-            for clip in repository.done_clips(dataset, split=number):
-                label = dataset.labels[clip.label]
-                name = f"{label['folder']}/{_key(clip)}.mp4"
-                yield _json_line({"file_name": name, "label": label["name"], "clip": _key(clip), "seed": clip.seed})
-
-        members.append(Member.of(f"{split['name']}/metadata.jsonl", lines))
-    return members
+def _metadata_line(dataset: DatasetRecord, clip: ClipRecord) -> bytes:
+    """From which the library ``datasets`` takes the columns beside the video."""
+    label = dataset.labels[clip.label]
+    name = f"{label['folder']}/{_key(clip)}.mp4"
+    return _json_line({"file_name": name, "label": label["name"], "clip": _key(clip), "seed": clip.seed})
 
 
-def _manifest_entry(dataset: DatasetRecord, clip: ClipRecord) -> dict[str, Any]:
+def _manifest_line(dataset: DatasetRecord, clip: ClipRecord) -> bytes:
     """Everything from which the clip can be made again, and by which that can be checked."""
     name = _key(clip) if dataset.format == "webdataset" else _clip_name(dataset, clip)
     settings = dataset.settings
-    return {
+    entry = {
         "clip": _key(clip),
         "label": dataset.labels[clip.label]["name"],
         "split": dataset.splits[clip.split]["name"],
@@ -145,87 +177,18 @@ def _manifest_entry(dataset: DatasetRecord, clip: ClipRecord) -> dict[str, Any]:
         "modality": dataset.about["modality"],
         "frames_sha256": clip.frames_sha256,
         "files": [
-            {"path": name + part["name"], "size_bytes": part["size_bytes"], "sha256": part["sha256"]}
+            {
+                "path": name + part["name"],
+                **{key: part[key] for key in ("size_bytes", "sha256", "unsigned_sha256") if key in part},
+            }
             for part in clip.parts or []
         ],
         "measures": clip.measures,
         "tries": clip.tries,
         "video_id": clip.job_id,
     }
-
-
-def _card(dataset: DatasetRecord, dropped: dict[str, int]) -> str:
-    """README.md, with the header that Hugging Face reads."""
-    about, settings = dataset.about, dataset.settings
-    splits = ", ".join(f"{split['name']} {split['ratio']:g}" for split in dataset.splits)
-    labels = "\n".join(f"| {_cell(label['name'])} | {label['count']} |" for label in dataset.labels)
-    lines = ["---", f"pretty_name: {json.dumps(dataset.name)}", "license: other", "tags:", "- synthetic", "- medical"]
-    lines += ["- video", "---", "", f"# {dataset.name}", "", f"**{SYNTHETIC_NOTE}**", ""]
-    if dataset.done < dataset.total:
-        state = "not finished" if dataset.ended_at is None else dataset.status.value
-        lines.append(
-            f"This archive holds {dataset.done} of the {dataset.total} clips asked for: the dataset is {state}."
-        )
-        lines.append("")
-        if dataset.status is DatasetStatus.COMPLETED:
-            lines += [f"**Shortfall**: of {dataset.missing} clips no try came to a good end.", ""]
-    shape = f"{settings['num_frames']} frames, {settings['width']}x{settings['height']} pixels"
-    sampler = f"{settings['sampler']}, {settings['num_inference_steps']} steps, guidance {settings['guidance_scale']:g}"
-    tries = ", ".join(f"{count} {code}" for code, count in sorted(dropped.items())) or "none"
-    lines.append(
-        f"{dataset.done} clips of {shape}, {settings['fps']:g} frames a second, format `{dataset.format}`. "
-        f"Splits: {splits}, within each label."
-    )
-    lines += ["", "| label | asked for |", "|---|---|", labels, "", "## Reading it", ""]
-    lines += ["```python", _HOW[dataset.format], "```", ""]
-    lines.append(
-        f"`{MANIFEST_NAME}` has a line for each clip: label, split, seed, checkpoint, settings, and SHA-256 of its "
-        f"frames and files. `medsora regenerate {MANIFEST_NAME} --output FOLDER` makes the clips again and compares "
-        "them; on the same platform they agree to the bit."
-    )
-    lines += ["", "## How it was made", ""]
-    lines.append(f"- Checkpoint: {dataset.model}, SHA-256 of its manifest `{dataset.model_sha256}`")
-    lines.append(f"- {about['description']}")
-    lines.append(f"- Sampler {sampler}; seeds derived from {dataset.seed}")
-    lines.append(f"- Filters: {_filters(dataset.filters)}")
-    lines.append(f"- Tries that came to nothing: {tries}" + (" (`dropped.jsonl`)" if dataset.dropped else ""))
-    lines += ["", "## Licence and attribution", "", f"Licence of the checkpoint: {about['licence']}", ""]
-    if about["training_data"]:
-        lines += ["The model was trained on these, whose licences may bear on what it makes:", ""]
-        lines += ["| clips | licence | source | attribution |", "|---|---|---|---|"]
-        for entry in about["training_data"]:
-            cells = (entry["licence"], entry["source"], entry["attribution"])
-            lines.append(f"| {entry['clips']} | {' | '.join(map(_cell, cells))} |")
-        lines.append("")
-    lines += ["## Limitations", "", about["intended_use"], ""]
-    lines.append(
-        "The clips show no patient, and nothing in them has been checked by a clinician: a label is what the model was "
-        "asked for, not a finding. They can be no more varied than the model's training data, and have its biases. "
-        "Validate whatever is trained on them on real data."
-    )
-    lines.append("")
-    return "\n".join(lines)
-
-
-def _filters(filters: dict[str, Any]) -> str:
-    used = [
-        f"{name} {filters[name]:g}"
-        for name in ("min_motion", "min_distance", "min_training_distance")
-        if filters[name] is not None
-    ]
-    return f"{', '.join(used)}; at most {filters['max_tries']} tries a clip" if used else "none"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return _json_line(entry)
 
 
 def _json_line(value: dict[str, Any]) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-
-
-def training_sources(entries: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
-    """Licence, source and attribution of the training clips, each once with the number of its clips."""
-    names = ("licence", "source", "attribution")
-    counts = Counter(tuple(entry.get(name, "not stated") for name in names) for entry in entries)
-    return [{"clips": count, **dict(zip(names, key, strict=True))} for key, count in counts.most_common()]

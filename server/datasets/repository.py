@@ -4,13 +4,12 @@ Whoever works on a dataset has a claim. Each of its transactions first checks, a
 another has taken over, or a dataset that has been cancelled or deleted meanwhile, lets the whole transaction fail.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import (
     Connection,
-    Integer,
     LargeBinary,
     and_,
     bindparam,
@@ -27,6 +26,7 @@ from sqlalchemy import (
 
 from server.datasets.model import (
     ACTIVE,
+    MAX_CLIPS,
     ClipState,
     Dataset,
     DatasetClip,
@@ -50,6 +50,7 @@ __all__ = [
     "ClipRecord",
     "DatasetRecord",
     "DatasetRepository",
+    "FingerprintRow",
     "TooManyDatasetsError",
 ]
 
@@ -125,6 +126,16 @@ class ClipOrder:
     """Of the dataset."""
     filters: dict[str, Any]
     modality: str
+
+
+class FingerprintRow(NamedTuple):
+    """The fingerprint of a clip."""
+
+    seq: int
+    """Its place: those that come later have higher ones."""
+    number: int
+    """Of the clip; of several fingerprints of one clip the last counts."""
+    fingerprint: bytes
 
 
 class DatasetRepository:
@@ -241,35 +252,24 @@ class DatasetRepository:
             query = _clips(dataset).where(_CLIP.c.number > after).order_by(_CLIP.c.number).limit(limit)
             return [_clip_record(row) for row in connection.execute(query)]
 
-    def done_clips(self, dataset: DatasetRecord, *, split: int | None = None) -> Iterator[ClipRecord]:
-        """The clips that were done when ``dataset`` was read, by number, a portion in memory at a time."""
-        after = -1
-        query = _clips(dataset).where(_CLIP.c.done_number <= dataset.done)
+    def done_clips(
+        self, dataset: DatasetRecord, *, first: int = 0, last: int = MAX_CLIPS, split: int | None = None, limit: int
+    ) -> list[ClipRecord]:
+        """Clips that were done when ``dataset`` was read, with numbers from ``first`` to ``last``, in order."""
+        between = _CLIP.c.number.between(first, last)
+        query = _clips(dataset).where(between, _CLIP.c.done_number <= dataset.done)
         if split is not None:
             query = query.where(_CLIP.c.split == split)
-        while True:
-            with self._database.read() as connection:
-                portion = query.where(_CLIP.c.number > after).order_by(_CLIP.c.number).limit(_PORTION)
-                rows = connection.execute(portion).all()
-            yield from map(_clip_record, rows)
-            if len(rows) < _PORTION:
-                return
-            after = rows[-1].number
+        with self._database.read() as connection:
+            return [_clip_record(row) for row in connection.execute(query.order_by(_CLIP.c.number).limit(limit))]
 
-    def drops(self, dataset: DatasetRecord) -> Iterator[dict[str, Any]]:
-        """The tries that had come to nothing when ``dataset`` was read, a portion in memory at a time."""
-        left, after = dataset.dropped, 0
+    def drops(self, dataset: DatasetRecord, *, after: int, limit: int) -> list[tuple[int, dict[str, Any]]]:
+        """Tries that came to nothing, behind the place ``after``, oldest first; each with its place."""
         names = ("number", "try_number", "seed", "job_id", "code", "message")
-        columns = [_DROP.c.seq, *(_DROP.c[name] for name in names)]
-        while left > 0:
-            query = select(*columns).where(_DROP.c.dataset_seq == dataset.seq, _DROP.c.seq > after)
-            with self._database.read() as connection:
-                rows = connection.execute(query.order_by(_DROP.c.seq).limit(min(left, _PORTION))).all()
-            if not rows:
-                return
-            for row in rows:
-                yield {name: row._mapping[name] for name in names}
-            left, after = left - len(rows), rows[-1].seq
+        query = select(_DROP.c.seq, *(_DROP.c[name] for name in names))
+        query = query.where(_DROP.c.dataset_seq == dataset.seq, _DROP.c.seq > after).order_by(_DROP.c.seq).limit(limit)
+        with self._database.read() as connection:
+            return [(row.seq, {name: row._mapping[name] for name in names}) for row in connection.execute(query)]
 
     # -- the process that works on them ----------------------------------------------------------------------
 
@@ -513,15 +513,15 @@ class DatasetRepository:
                 connection.execute(delete(table).where(table.dataset_seq == claim.seq))
             connection.execute(delete(Dataset).where(Dataset.seq == claim.seq, Dataset.token == claim.token))
 
-    def known_files(self, dataset_id: str, names: Sequence[str]) -> set[str]:
-        """Those of the jobs ``names`` (ids) of the dataset whose files are, or may become, part of it."""
+    def known_attempts(self, dataset_id: str, job_ids: Sequence[str]) -> dict[str, int | None]:
+        """Of those jobs of the dataset that count, the attempt that does; None: it is not known yet."""
         query = (
-            select(DatasetClip.job_id)
+            select(DatasetClip.job_id, DatasetClip.attempt)
             .join(Dataset, Dataset.seq == DatasetClip.dataset_seq)
-            .where(Dataset.id == dataset_id, DatasetClip.job_id.in_(names))
+            .where(Dataset.id == dataset_id, DatasetClip.job_id.in_(job_ids))
         )
         with self._database.read() as connection:
-            return {job_id for job_id in connection.scalars(query) if job_id is not None}
+            return {row.job_id: row.attempt for row in connection.execute(query)}
 
     def _hold(self, connection: Connection, claim: DatasetRecord) -> DatasetRecord:
         """Prolong the claim within a transaction; nobody can take it over until that ends."""
@@ -567,21 +567,29 @@ class DatasetRepository:
             modality=row.about["modality"],
         )
 
-    def add_payload(
-        self, order: ClipOrder, values: dict[str, Any], *, compare: Callable[[list[bytes]], None] | None
-    ) -> None:
-        """Note the file of a clip, unless ``compare`` raises: it is shown the fingerprints of all other clips.
+    def fingerprints(self, dataset_seq: int, *, after: int, limit: int) -> list[FingerprintRow]:
+        """Fingerprints of clips that came behind the place ``after``, oldest first."""
+        with self._database.read() as connection:
+            return _fingerprints(connection, dataset_seq, after=after, limit=limit)
 
-        Those that come while it looks are shown to it too: of two equal clips one always sees the other.
+    def add_payload(
+        self,
+        order: ClipOrder,
+        values: dict[str, Any],
+        *,
+        compare: Callable[[list[FingerprintRow]], None] | None,
+        after: int = 0,
+    ) -> None:
+        """Note the file of a clip, unless ``compare`` raises.
+
+        It is shown the fingerprints that came behind the place ``after``, while none can be added: of two equal clips
+        that come at once, one always sees the other.
         """
-        seen = 0
-        if compare is not None:
-            seen = self._compare(order, compare, after=0, connection=None)
         with self._database.write() as connection:
             if compare is not None:
                 query = select(_DATASET.c.seq).where(_DATASET.c.seq == order.dataset_seq).with_for_update()
                 connection.execute(query)
-                self._compare(order, compare, after=seen, connection=connection)
+                compare(_fingerprints(connection, order.dataset_seq, after=after, limit=None))
             # of earlier tries and attempts nothing will come any more; a later one keeps its own
             earlier = or_(_PAYLOAD.c.job_id != values["job_id"], _PAYLOAD.c.attempt < values["attempt"])
             mine = and_(_PAYLOAD.c.dataset_seq == order.dataset_seq, _PAYLOAD.c.number == order.number, earlier)
@@ -590,27 +598,11 @@ class DatasetRepository:
             connection.execute(delete(_PAYLOAD).where(mine))
             connection.execute(insert(_PAYLOAD).values(dataset_seq=order.dataset_seq, number=order.number, **values))
 
-    def _compare(
-        self, order: ClipOrder, compare: Callable[[list[bytes]], None], *, after: int, connection: Connection | None
-    ) -> int:
-        """Show fingerprints of other clips in portions; returns the place up to which they were shown."""
-        while True:
-            query = select(_PAYLOAD.c.seq, type_coerce(_PAYLOAD.c.fingerprint, LargeBinary)).where(
-                _PAYLOAD.c.dataset_seq == order.dataset_seq,
-                _PAYLOAD.c.seq > after,
-                _PAYLOAD.c.number != type_coerce(order.number, Integer),
-            )
-            query = query.order_by(_PAYLOAD.c.seq).limit(_PORTION)
-            if connection is None:
-                with self._database.read() as own:
-                    rows = own.execute(query).all()
-            else:
-                rows = connection.execute(query).all()
-            if rows:
-                compare([row[1] for row in rows])
-                after = rows[-1][0]
-            if len(rows) < _PORTION:
-                return after
+
+def _fingerprints(connection: Connection, dataset_seq: int, *, after: int, limit: int | None) -> list[FingerprintRow]:
+    query = select(_PAYLOAD.c.seq, _PAYLOAD.c.number, type_coerce(_PAYLOAD.c.fingerprint, LargeBinary))
+    query = query.where(_PAYLOAD.c.dataset_seq == dataset_seq, _PAYLOAD.c.seq > after)
+    return [FingerprintRow(*row) for row in connection.execute(query.order_by(_PAYLOAD.c.seq).limit(limit))]
 
 
 def _plan(dataset: DatasetRecord) -> list[tuple[int, int, int]]:

@@ -1,6 +1,8 @@
 """The rules of datasets: what is accepted, what a client may see, what cancelling and deleting mean."""
 
 import re
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,8 +10,9 @@ from typing import Any
 from medsora.manifest import Manifest
 from server.checkpoints import Catalogue
 from server.datasets.archive import Archive
+from server.datasets.card import training_sources
 from server.datasets.files import DatasetFiles
-from server.datasets.layout import members_of, training_sources
+from server.datasets.layout import groups_of
 from server.datasets.model import FORMATS, MAX_CLIPS, DatasetStatus, is_dataset_id
 from server.datasets.repository import ClipRecord, DatasetRecord, DatasetRepository, TooManyDatasetsError
 from server.errors import NotFoundError, NotReadyError, OverloadedError, RequestRefusedError, UnavailableError
@@ -20,6 +23,8 @@ __all__ = ["DatasetOrder", "DatasetPage", "DatasetService"]
 
 MAX_SPLITS = 10
 _RETRY_MS = 10_000
+_KEPT_ARCHIVES = 16
+"""Indices of archives that a process keeps; one of 100,000 clips has some megabytes."""
 _FOLDER = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _OWN = ("model", "prompt", "label", "seed", "tenant")
 """Columns of a job that differ between clips, or are the dataset's own."""
@@ -36,7 +41,7 @@ class DatasetOrder:
     seed: int
     video: VideoOrder
     """What all clips have in common; its prompt and seed are of no account."""
-    filters: Mapping[str, float | None]
+    filters: Mapping[str, float | bool | None]
     max_tries: int
 
 
@@ -70,6 +75,8 @@ class DatasetService:
         self._repository, self._files = repository, files
         self._jobs, self._catalogue, self._store = jobs, catalogue, store
         self._max_active, self._min_free_bytes = max_active, min_free_bytes
+        self._archives: OrderedDict[tuple[object, ...], Archive] = OrderedDict()
+        self._archives_lock = threading.Lock()
 
     def create(self, tenant: str, order: DatasetOrder) -> DatasetRecord:
         """Accept a dataset: when this returns, it is on disk and will come to an end.
@@ -90,9 +97,7 @@ class DatasetService:
         if settings["num_frames"] > manifest.limits.window:
             message = f"{settings['num_frames']} frames are made in windows, which datasets do not take"
             raise _refused("num_frames", f"{message}; allowed: up to {manifest.limits.window}")
-        if order.filters["min_training_distance"] is not None and manifest.fingerprints is None:
-            message = f"the model {model} has no fingerprints of its training clips to compare with"
-            raise _refused("filters.min_training_distance", message, code="filter_not_available")
+        max_resemblance = _max_resemblance(order.filters, manifest)
         if self._store.free_bytes() < self._min_free_bytes:
             message = "There is too little free disk space to take more datasets."
             raise UnavailableError(message, code="storage_full", retry_after_ms=10_000)
@@ -107,7 +112,11 @@ class DatasetService:
             "labels": labels,
             "splits": splits,
             "settings": {name: value for name, value in settings.items() if name not in _OWN},
-            "filters": {**order.filters, "max_tries": order.max_tries},
+            "filters": {
+                **order.filters,
+                "max_training_resemblance": max_resemblance,
+                "max_tries": order.max_tries,
+            },
             "about": _about(manifest),
         }
         try:
@@ -187,7 +196,20 @@ class DatasetService:
         if dataset.done == 0:
             message = f"The dataset {dataset.id} has no clip yet that is done: it is {dataset.status.value}."
             raise NotReadyError(message, code="dataset_not_ready", param="dataset_id")
-        return Archive(container, members_of(dataset, self._repository, self._files))
+        # What is in it is told by what was done and dropped at one moment. Its rows are walked for the first request,
+        # and never again while the index is kept.
+        state = (dataset.id, dataset.done, dataset.dropped, dataset.missing, dataset.status, container)
+        with self._archives_lock:
+            archive = self._archives.get(state)
+            if archive is not None:
+                self._archives.move_to_end(state)
+                return archive
+        archive = Archive(container, groups_of(dataset, self._repository, self._files))
+        with self._archives_lock:
+            self._archives[state] = archive
+            while len(self._archives) > _KEPT_ARCHIVES:
+                self._archives.popitem(last=False)
+        return archive
 
     def _check_labels(self, tenant: str, order: DatasetOrder) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The labels by their names, and the columns that their jobs have in common."""
@@ -241,6 +263,23 @@ def _check_splits(splits: Mapping[str, float]) -> list[dict[str, Any]]:
         if not 0 < ratio <= 1e9:
             raise _refused("splits", f"{name!r} has the ratio {ratio:g}; allowed: above 0")
     return [{"name": name, "ratio": ratio} for name, ratio in splits.items()]
+
+
+def _max_resemblance(filters: Mapping[str, float | bool | None], manifest: Manifest) -> float | None:
+    """From which resemblance to a training clip on clips are dropped; None: they are not."""
+    asked, name = filters["max_training_resemblance"], "filters.drop_memorised"
+    if not filters["drop_memorised"]:
+        if asked is not None:
+            message = "goes with filters.drop_memorised, which is false"
+            raise _refused("filters.max_training_resemblance", message, code="invalid_filters")
+        return None
+    if manifest.fingerprints is None:
+        message = f"the model {manifest.name} has no fingerprints of its training clips to compare with"
+        raise _refused(name, message, code="filter_not_available")
+    if asked is None and manifest.fingerprints.max_resemblance is None:
+        message = f"the model {manifest.name} was not calibrated for it: name filters.max_training_resemblance"
+        raise _refused(name, message, code="filter_not_available")
+    return manifest.fingerprints.max_resemblance if asked is None else asked
 
 
 def _about(manifest: Manifest) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def check_mark(path: Path) -> None:
     """Refuse a file that does not say, where everybody looks, that it is synthetic.
 
     Args:
-        path: A video (MP4, Matroska), a picture (WebP, JPEG) or JSON.
+        path: A video (MP4, Matroska), a picture (WebP, JPEG, PNG), a DICOM file or JSON.
 
     Raises:
         VideoError: It does not.
@@ -27,6 +27,13 @@ def check_mark(path: Path) -> None:
         is_marked = _is_origin(path.read_text())
     elif path.suffix in (".mp4", ".mkv"):
         is_marked = _is_origin(probe_video(path).metadata.get("comment", ""))
+    elif path.suffix == ".png":
+        with Image.open(path) as image:
+            is_marked = _is_origin(str(image.info.get("Comment", "")))
+    elif path.suffix == ".dcm":
+        from pydicom import dcmread  # which takes a while, and most workers need it never
+
+        is_marked = dcmread(path, stop_before_pixels=True).get("SyntheticData") == "YES"
     else:
         with Image.open(path) as image:
             described = image.getexif().get(_IMAGE_DESCRIPTION)

@@ -37,6 +37,7 @@ from server.sources.repository import SourceRepository
 from server.storage import ArtifactStore
 from server.worker.batch_limits import BatchLimits, best_size
 from server.worker.dataset_clips import DatasetClips
+from server.worker.signing import signer_of
 
 if TYPE_CHECKING:
     from medsora.pipeline import VideoPipeline
@@ -72,7 +73,9 @@ class WorkerRuntime:
         self.store = ArtifactStore(settings.artifacts_dir)
         self.sources, self.source_store = SourceRepository(self.database), FileStore(settings.sources_dir)
         self.dataset_clips = DatasetClips(
-            DatasetRepository(self.database, lease_s=settings.lease_s), DatasetFiles(settings.datasets_dir)
+            DatasetRepository(self.database, lease_s=settings.lease_s),
+            DatasetFiles(settings.datasets_dir),
+            signer=signer_of(settings),
         )
         self._registry = WorkerRegistry(self.database, heartbeat_s=settings.worker_heartbeat_s)
         self._pipelines: dict[str, tuple[ServedCheckpoint, VideoPipeline]] = {}

@@ -62,7 +62,7 @@ def test_the_shipped_checkpoint_is_whole_and_small(wheel: Path) -> None:
     folder = "medsora/checkpoints/lung-ultrasound-small"
     with zipfile.ZipFile(wheel) as archive:
         sizes = {entry.filename: entry.file_size for entry in archive.infolist() if entry.filename.startswith(folder)}
-    names = {"config.json", "manifest.json", "autoencoder.safetensors", "denoiser.safetensors"}
+    names = {"config.json", "manifest.json", "autoencoder.safetensors", "denoiser.safetensors", "fingerprints.bin"}
     assert {PurePosixPath(name).name for name in sizes} == names
     assert sum(sizes.values()) <= 24 * 2**20
 

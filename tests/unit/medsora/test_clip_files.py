@@ -14,9 +14,6 @@ from PIL import Image
 
 from medsora.clip_files import (
     CLIP_FORMATS,
-    FINGERPRINT_BYTES,
-    fingerprint,
-    fingerprint_distances,
     frames_sha256,
     mean_motion,
     write_clip,
@@ -114,13 +111,6 @@ def test_motion_is_in_grey_levels() -> None:
     frames[1] = 10
     assert mean_motion(frames) == 10.0
     assert mean_motion(frames[:1]) == 0.0
-
-
-@pytest.mark.parametrize("size", [(16, 16), (32, 48), (17, 23), (8, 8)])
-def test_fingerprints_tell_brightness_apart(size: tuple[int, int]) -> None:
-    dark, bright = (np.full((5, *size, 3), level, np.uint8) for level in (10, 30))
-    marks = np.frombuffer(fingerprint(dark) + fingerprint(bright), np.uint8).reshape(2, FINGERPRINT_BYTES)
-    assert fingerprint_distances(fingerprint(dark), marks).tolist() == [0.0, 20.0]
 
 
 def test_the_hash_is_of_every_pixel(frames: Any) -> None:

@@ -5,12 +5,13 @@ import random
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from server.datasets.archive import Archive, FilePiece, Member, combined_crc32
+from server.datasets.archive import Archive, FilePiece, Member, Run, combined_crc32
 
 
 @pytest.fixture
@@ -24,11 +25,12 @@ def members(tmp_path: Path) -> list[Member]:
         FilePiece(tmp_path / "file", len(first), len(second), zlib.crc32(second)),
     ]
     return [
-        Member.of("a/first.bin", lambda: pieces[:1]),
-        Member.of("a/second.bin", lambda: pieces[1:]),
-        Member.of("both.bin", lambda: [b"head", *pieces, b"tail"]),
-        Member.of("x" * 150 + "/é.txt", lambda: [b"one", b"two"]),
-        Member.of("empty", list[bytes]),
+        Member.of("a/first.bin", *pieces[:1]),
+        Member.of("a/second.bin", *pieces[1:]),
+        Member.of("both.bin", b"head", *pieces, b"tail"),
+        Member("runs.bin", (Run.of(lambda: [b"head", pieces[0]]), Run.of(list), Run.of(lambda: [pieces[1], b"tail"]))),
+        Member.of("x" * 150 + "/é.txt", b"one", b"two"),
+        Member.of("empty"),
     ]
 
 
@@ -42,8 +44,13 @@ def _contents(members: Iterable[Member]) -> dict[str, bytes]:
     return found
 
 
+def _groups(members: list[Member]) -> list[Callable[[], list[Member]]]:
+    """Several at once, and one by itself."""
+    return [lambda: members[:2], lambda: members[2:5], list[Member], lambda: members[5:]]
+
+
 def test_zip(members: list[Member]) -> None:
-    archive = Archive("zip", lambda: members)
+    archive = Archive("zip", _groups(members))
     content = b"".join(archive.read(0, archive.size()))
     assert len(content) == archive.size()
     with zipfile.ZipFile(io.BytesIO(content)) as read:
@@ -52,7 +59,7 @@ def test_zip(members: list[Member]) -> None:
 
 
 def test_tar(members: list[Member]) -> None:
-    archive = Archive("tar", lambda: members)
+    archive = Archive("tar", _groups(members))
     content = b"".join(archive.read(0, archive.size()))
     assert len(content) == archive.size()
     assert len(content) % tarfile.RECORDSIZE == 0
@@ -63,7 +70,7 @@ def test_tar(members: list[Member]) -> None:
 
 @pytest.mark.parametrize("container", ["zip", "tar"])
 def test_any_range_is_that_part_of_the_whole(members: list[Member], container: str) -> None:
-    archive = Archive(container, lambda: members)
+    archive = Archive(container, _groups(members))
     size = archive.size()
     whole = b"".join(archive.read(0, size))
     drawn = random.Random(1)
@@ -75,7 +82,7 @@ def test_any_range_is_that_part_of_the_whole(members: list[Member], container: s
 
 
 def test_many_members_need_the_records_for_large_archives() -> None:
-    archive = Archive("zip", lambda: (Member.of(f"{number}", list[bytes]) for number in range(65_600)))
+    archive = Archive("zip", [lambda: (Member.of(f"{number}") for number in range(65_600))])
     content = b"".join(archive.read(0, archive.size()))
     with zipfile.ZipFile(io.BytesIO(content)) as read:
         assert len(read.namelist()) == 65_600
@@ -87,8 +94,8 @@ def test_members_of_more_than_four_gigabytes(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(size)
     pieces = [FilePiece(path, 0, size, 0)]
-    members = [Member("large", size, 0, lambda: pieces), Member.of("behind", lambda: [b"it"])]
-    archive = Archive("zip", lambda: members)
+    members = [Member.of("large", *pieces), Member.of("behind", b"it")]
+    archive = Archive("zip", [lambda: members])
     total = archive.size()
     tail = b"".join(archive.read(size, total))
 
@@ -122,10 +129,42 @@ def test_members_of_more_than_four_gigabytes(tmp_path: Path) -> None:
             assert large.read(100) == bytes(100)
 
 
+@pytest.mark.parametrize("container", ["zip", "tar"])
+def test_a_range_lists_only_the_groups_that_it_covers(container: str) -> None:
+    """Whatever lies in front of it, and however much: the cost of a range is that of what is in it."""
+    listed: list[int] = []
+
+    def group(number: int) -> list[Member]:
+        listed.append(number)
+        return [Member.of(f"{number}-{one}", bytes([one]) * 5000) for one in range(4)]
+
+    archive = Archive(container, [partial(group, number) for number in range(100)])
+    assert listed == list(range(100))
+    whole = b"".join(archive.read(0, archive.size()))
+    place = whole.index(b"50-0")
+    listed.clear()
+    assert b"".join(archive.read(place, place + 6000)) == whole[place : place + 6000]
+    assert listed == [50]
+    listed.clear()
+    long = Member("long", tuple(Run.of(partial(lambda n: [listed.append(n) or b"x" * 1000], n)) for n in range(100)))
+    archive = Archive(container, [lambda: [long]])
+    listed.clear()
+    assert b"".join(archive.read(60_000, 62_000)) == b"x" * 2000
+    assert len(listed) in (2, 3)  # its header stands in front, so its runs begin anywhere
+
+
+def test_what_has_gone_meanwhile_is_noticed() -> None:
+    there = [Member.of("a", b"1"), Member.of("b", b"2")]
+    archive = Archive("zip", [lambda: list(there)])
+    there.pop()
+    with pytest.raises(OSError, match="gone"):
+        list(archive.read(0, archive.size()))
+
+
 def test_a_file_that_was_cut_off_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"short")
     pieces = [FilePiece(tmp_path / "file", 0, 10, 0)]
-    archive = Archive("tar", lambda: [Member("a", 10, 0, lambda: pieces)])
+    archive = Archive("tar", [lambda: [Member.of("a", *pieces)]])
     with pytest.raises(OSError, match="shorter"):
         list(archive.read(0, archive.size()))
 

@@ -4,19 +4,27 @@ import hashlib
 import io
 import json
 import tarfile
+import threading
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from certificates import Authority
+from cryptography.x509.oid import ExtendedKeyUsageOID
 from fastapi.testclient import TestClient
 from sqlalchemy import func, select, update
 
+from medsora.errors import VideoError
+from medsora.fingerprints import fingerprint
+from medsora.manifest import FingerprintRecord
 from medsora.provenance import clip_metadata
 from medsora.request import GenerationRequest
+from medsora.video_io import probe_video
 from server.app import create_app
 from server.checkpoints import Catalogue
 from server.dataset_runner import DatasetRunner
@@ -32,6 +40,7 @@ from server.jobs.repository import FinishedWork, JobRepository
 from server.keys.limits import Limits
 from server.settings import Settings
 from server.worker.dataset_clips import ClipDroppedError, DatasetClips
+from server.worker.signing import check_signature, signer_of
 
 Finish = Callable[[str, int], FinishedWork]
 Frames = np.ndarray[Any, np.dtype[np.uint8]]
@@ -192,7 +201,9 @@ def test_labels_are_resolved_and_seeds_told(bench: Bench) -> None:
         ({"fps": 9}, "fps"),
         ({"filters": {"min_motion": 0}}, "filters"),
         ({"filters": {"max_tries": 0}}, "filters"),
-        ({"filters": {"min_training_distance": 3}}, "filters.min_training_distance"),
+        ({"filters": {"drop_memorised": True}}, "filters.drop_memorised"),
+        ({"filters": {"max_training_resemblance": 0.9}}, "filters.max_training_resemblance"),
+        ({"filters": {"drop_memorised": True, "max_training_resemblance": 1}}, "filters"),
         ({"filters": {"colour": 3}}, "filters"),
         ({"colour": 3}, "colour"),
     ],
@@ -411,6 +422,46 @@ def test_still_clips_are_dropped_and_made_up_for(bench: Bench) -> None:
     )
 
 
+def test_of_the_same_clip_at_once_one_is_kept(bench: Bench) -> None:
+    """Both have looked at all others before either is noted."""
+    same = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
+    bench.create(labels={"covid lung": 2}, filters={"min_distance": 2})
+    bench.look()
+    claims = [bench.jobs.claim(job_id, worker="w") for job_id in bench.waiting()]
+    metadata = clip_metadata(
+        GenerationRequest(
+            label="covid-convex", seed=1, num_frames=16, height=32, width=32, num_inference_steps=4, guidance_scale=1.0,
+            sampler="euler",
+        ),
+        model="tiny",
+        model_sha256="0" * 64,
+    )  # fmt: skip
+    both_looked = threading.Barrier(2, timeout=60)
+    add = bench.datasets.add_payload
+    outcomes: list[str] = []
+
+    def add_together(*arguments: Any, **named: Any) -> None:
+        both_looked.wait()
+        add(*arguments, **named)
+
+    def keep(claim: Any) -> None:
+        hands = DatasetClips(bench.datasets, bench.files)
+        try:
+            hands.keep(claim, same, metadata, checkpoint=bench.checkpoint.directory)
+            outcomes.append("kept")
+        except ClipDroppedError as error:
+            outcomes.append(error.code)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench.datasets, "add_payload", add_together)
+        threads = [threading.Thread(target=keep, args=(claim,)) for claim in claims]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(outcomes) == ["dropped_duplicate", "kept"]
+
+
 def test_duplicates_are_dropped(bench: Bench) -> None:
     """All tries come out alike: the first stays, and the shortfall is told."""
     bench.made = lambda job: np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
@@ -427,19 +478,23 @@ def test_duplicates_are_dropped(bench: Bench) -> None:
 
 
 def test_copies_of_training_clips_are_dropped(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    from medsora.clip_files import fingerprint
-
-    copied = np.random.default_rng(5).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
-    monkeypatch.setattr("medsora.checkpoint.load_fingerprints", lambda directory: fingerprint(copied))
+    """Mirrored ones too; at the bar of the checkpoint, which the dataset tells."""
+    drawn = [np.random.default_rng(number).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8) for number in range(9)]
+    marks, copied = b"".join(map(fingerprint, drawn)), drawn[5][:, :, ::-1]
+    monkeypatch.setattr("medsora.checkpoint.load_fingerprints", lambda directory: marks)
+    services = bench.client.app.state.services  # type: ignore[attr-defined]
+    catalogue = services.datasets._catalogue
+    served = catalogue.default
+    record = FingerprintRecord(sha256="0" * 64, size_bytes=len(marks), max_resemblance=0.9)
+    calibrated = replace(served, manifest=replace(served.manifest, fingerprints=record))
+    monkeypatch.setattr(catalogue, "get", lambda name: calibrated)
     bench.made = lambda job: noise(job) if job.seed % 3 else copied
-    dataset_id = bench.create(labels={"covid lung": 8})
-    with bench.database.write() as connection:
-        filters = {"min_motion": None, "min_distance": None, "min_training_distance": 3.0, "max_tries": 20}
-        connection.execute(update(Dataset).values(filters=filters))
+    dataset_id = bench.create(labels={"covid lung": 8}, filters={"drop_memorised": True, "max_tries": 20})
     done = bench.work_off(dataset_id)
+    assert done["filters"]["max_training_resemblance"] == 0.9
     assert done["counts"]["done"] == 8
     assert set(done["dropped"]) == {"dropped_memorised"}
-    assert all(one["measures"]["training_distance"] >= 3 for one in bench.manifest(dataset_id))
+    assert all(one["measures"]["training_resemblance"] <= 0.9 for one in bench.manifest(dataset_id))
 
 
 # -- the end -------------------------------------------------------------------------------------------------------
@@ -497,10 +552,13 @@ def test_orphans_are_removed(bench: Bench) -> None:
     bench.work_off(dataset_id)
     stray = bench.files.path(dataset_id, f"video_{'1' * 32}", 1)
     stray.parent.mkdir(parents=True, exist_ok=True)
-    stray.write_bytes(b"x")
+    kept = next(bench.files.files(dataset_id))
+    earlier, partial = kept.with_suffix(".7"), kept.with_name(f"{kept.name}.part")
+    for path in (stray, earlier, partial):
+        path.write_bytes(b"x")
     assert bench.runner.remove_orphans(older_than_s=3600) == 0
-    assert bench.runner.remove_orphans(older_than_s=-1) == 1
-    assert not stray.exists()
+    assert bench.runner.remove_orphans(older_than_s=-1) == 3
+    assert not any(path.exists() for path in (stray, earlier, partial))
     assert len(bench.manifest(dataset_id)) == 2
 
 
@@ -536,6 +594,43 @@ def test_files_are_as_the_manifest_says(bench: Bench, dataset_format: str, conta
             assert hashlib.sha256(files[entry["path"]]).hexdigest() == entry["sha256"]
             assert len(files[entry["path"]]) == entry["size_bytes"]
     assert "Synthetic" in files["README.md"].decode()
+
+
+@pytest.mark.parametrize("dataset_format", ["videofolder", "webdataset"])
+def test_clips_are_signed_where_there_is_a_certificate(bench: Bench, tmp_path: Path, dataset_format: str) -> None:
+    """And the manifest has the hash without the signature, by which they are made again."""
+    authority = Authority()
+    issued = authority.issue("signer.example.com", ExtendedKeyUsageOID.EMAIL_PROTECTION)
+    (tmp_path / "chain.pem").write_bytes(issued.certificate + authority.certificate)
+    (tmp_path / "key.pem").write_bytes(issued.key)
+    paths = {"c2pa_certificate": tmp_path / "chain.pem", "c2pa_private_key": tmp_path / "key.pem"}
+    signer = signer_of(bench.settings.model_copy(update=paths))
+    made = {}
+    for hands in (DatasetClips(bench.datasets, bench.files, signer=signer), bench.hands):
+        bench.hands = hands
+        dataset_id = bench.create(format=dataset_format, labels={"covid lung": 2})
+        bench.work_off(dataset_id)
+        made[hands] = bench.manifest(dataset_id)
+        with zipfile.ZipFile(io.BytesIO(bench.download(dataset_id))) as archive:
+            archive.extractall(tmp_path / dataset_id)
+        folder = tmp_path / dataset_id
+        assert "signed C2PA manifest" in (folder / "README.md").read_text()
+        for shard in folder.glob("shards/*.tar"):
+            with tarfile.open(shard) as tar:
+                tar.extractall(folder, filter="data")
+        for line in made[hands]:
+            path = folder / line["files"][0]["path"]
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == line["files"][0]["sha256"]
+            if "unsigned_sha256" in line["files"][0]:
+                check_signature(path)
+            else:
+                with pytest.raises(VideoError, match="no C2PA manifest"):
+                    check_signature(path)
+            assert json.loads(probe_video(path).metadata["comment"])["synthetic"] is True
+    signed, plain = made.values()
+    for one, other in zip(signed, plain, strict=True):
+        assert one["files"][0]["unsigned_sha256"] == other["files"][0]["sha256"]
+        assert one["files"][0]["size_bytes"] > other["files"][0]["size_bytes"]
 
 
 def test_ranges_of_a_partial_download_add_up(bench: Bench) -> None:

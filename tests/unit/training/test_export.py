@@ -9,11 +9,12 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from medsora.checkpoint import load_checkpoint, load_fingerprints
-from medsora.clip_files import FINGERPRINT_BYTES, fingerprint_distances
 from medsora.errors import CheckpointError
+from medsora.fingerprints import FINGERPRINT_BYTES, TrainingFingerprints
 from medsora.manifest import read_manifest
 from medsora.pipeline import VideoPipeline
 from medsora.request import resolve_label, resolve_request
+from medsora.video_io import read_video
 from training.cli import app
 from training.errors import TrainingError
 from training.export import describe_labels, export_checkpoint
@@ -109,9 +110,15 @@ def test_fingerprints_of_the_training_clips_go_into_the_checkpoint(made: Path, t
     )
     marks = load_fingerprints(tmp_path / "c")
     assert len(marks) % FINGERPRINT_BYTES == 0 < len(marks)
-    stacked = np.frombuffer(marks, np.uint8).reshape(-1, FINGERPRINT_BYTES)
-    assert fingerprint_distances(marks[:FINGERPRINT_BYTES], stacked)[0] == 0.0
+    clip = read_video(table.parent / "clip2.mp4")[0][:16]
+    assert TrainingFingerprints(marks).resemblance(clip[:, :, ::-1]) > 0.99
     assert load_checkpoint(tmp_path / "c").manifest.fingerprints == manifest.fingerprints
+    assert manifest.fingerprints is not None
+    assert manifest.fingerprints.max_resemblance is not None
+    figures = manifest.metrics["training_copies"]
+    assert figures["fingerprints"] == len(marks) // FINGERPRINT_BYTES
+    assert figures["planted"]["unchanged"]["share"] == figures["planted"]["mirrored"]["share"]
+    assert "through the autoencoder" in figures["planted"]
     (tmp_path / "c" / "fingerprints.bin").write_bytes(bytes(len(marks)))
     with pytest.raises(CheckpointError, match="altered"):
         load_fingerprints(tmp_path / "c")
