@@ -76,7 +76,7 @@ def of_clips(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         dataset = client.post("/v1/datasets", json=body).raise_for_status().json()
         path = f"/v1/datasets/{dataset['id']}"
         while dataset["status"] == "in_progress":
-            time.sleep(2)
+            time.sleep(5)
             dataset = client.get(path).raise_for_status().json()
             most = heavier(most, memory_by_role(process))
         made_s = time.perf_counter() - began
