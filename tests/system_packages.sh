@@ -5,9 +5,11 @@ set -eu
 
 # One a line, with what it is for.
 packages="
+dicom3tools
 postgresql
 "
-# postgresql  the job database: tests/postgres_cluster.py
+# dicom3tools  dciodvfy, which checks DICOM files: tests/unit/medsora/test_clip_files.py
+# postgresql   the job database: tests/postgres_cluster.py
 
 command -v dpkg-query >/dev/null 2>&1 && command -v apt-get >/dev/null 2>&1 || exit 0
 

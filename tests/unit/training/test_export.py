@@ -110,7 +110,8 @@ def test_fingerprints_of_the_training_clips_go_into_the_checkpoint(made: Path, t
     )
     marks = load_fingerprints(tmp_path / "c")
     assert len(marks) % FINGERPRINT_BYTES == 0 < len(marks)
-    clip = read_video(table.parent / "clip2.mp4")[0][:16]
+    frames, fps = read_video(table.parent / "clip2.mp4")
+    clip = frames[:: round(fps / 8)][:16]  # its first window
     assert TrainingFingerprints(marks).resemblance(clip[:, :, ::-1]) > 0.99
     assert load_checkpoint(tmp_path / "c").manifest.fingerprints == manifest.fingerprints
     assert manifest.fingerprints is not None
