@@ -1,4 +1,4 @@
-"""Draw one clip of every label of a checkpoint as a row of frames: the picture in the README.
+"""Draw one clip of every label of a checkpoint as a row of frames: the picture in the model card.
 
 python examples/contact_sheet.py --checkpoint lung-ultrasound-small --seed 7 sheet.png
 """
