@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 from PIL import Image, ImageDraw, ImageFont
 
 from medsora.errors import VideoError
@@ -154,11 +154,11 @@ def mp4_writer(
             "libx264", rate=_rate(path, fps), options={"crf": str(crf), "preset": preset, "threads": "1", "bf": "0"}
         )
         _tag_colours(stream.codec_context, width, height)
-        number = itertools.count()
+        number, converter = itertools.count(), VideoReformatter()  # its tables take longer than a frame does
 
         def write(frames: Frames) -> None:
             for rgb in frames:
-                frame = _to_yuv(rgb)
+                frame = _to_yuv(converter, rgb)
                 frame.pts = next(number)
                 output.mux(stream.encode(frame))
 
@@ -210,11 +210,11 @@ def fragmented_mp4_writer(
         output.metadata.update(tags)
         stream = output.add_stream("libx264", rate=_rate(path, fps), options=options)
         _tag_colours(stream.codec_context, width, height)
-        number = itertools.count()
+        number, converter = itertools.count(), VideoReformatter()  # its tables take longer than a frame does
 
         def write(frames: Frames) -> None:
             for rgb in frames:
-                frame = _to_yuv(rgb)
+                frame = _to_yuv(converter, rgb)
                 frame.pts = next(number)
                 output.mux(stream.encode(frame))
 
@@ -422,8 +422,9 @@ def _tag_colours(context: Any, width: int, height: int) -> None:
     context.color_trc = ColorTrc.BT709
 
 
-def _to_yuv(rgb: Frames) -> av.VideoFrame:
-    return av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24").reformat(
+def _to_yuv(converter: VideoReformatter, rgb: Frames) -> av.VideoFrame:
+    return converter.reformat(
+        av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24"),
         format="yuv420p",
         dst_colorspace=Colorspace.ITU709,
         src_color_range=ColorRange.JPEG,
