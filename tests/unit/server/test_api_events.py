@@ -9,7 +9,8 @@ from sqlalchemy import delete
 
 from server.api.dependencies import Services
 from server.events.model import Event
-from server.jobs.model import new_job_id
+
+UNKNOWN = f"video_{'0' * 32}"
 
 
 def services_of(client: TestClient) -> Services:
@@ -98,7 +99,7 @@ def test_bad_place(client: TestClient, ended: str, place: str) -> None:
     assert "whole number" in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("job_id", [new_job_id(), "video_x"])
+@pytest.mark.parametrize("job_id", [UNKNOWN, "video_x"])
 def test_unknown_video(client: TestClient, job_id: str) -> None:
     answer = client.get(f"/v1/videos/{job_id}/events")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "video_not_found")

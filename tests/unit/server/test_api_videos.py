@@ -17,13 +17,13 @@ from sqlalchemy import Connection, event
 from server.api.dependencies import Caller, Services, get_caller
 from server.app import create_app
 from server.errors import NotFoundError
-from server.jobs.model import new_job_id
 from server.jobs.repository import FinishedWork
 from server.keys.model import ALL_SCOPES
 from server.settings import Settings
 from server.storage import Variant
 
 CONTENT = bytes(range(256)) * 4
+UNKNOWN = f"video_{'0' * 32}"
 
 
 def services_of(client: TestClient) -> Services:
@@ -118,7 +118,7 @@ def test_poll_interval_is_told(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
-@pytest.mark.parametrize("video_id", [new_job_id(), "video_x", "..", "%2e%2e%2fpasswd", "x" * 300])
+@pytest.mark.parametrize("video_id", [UNKNOWN, "video_x", "..", "%2e%2e%2fpasswd", "x" * 300])
 def test_unknown_id(client: TestClient, method: str, video_id: str) -> None:
     response = client.request(method, f"/v1/videos/{video_id}")
     assert response.status_code in (404, 405)
@@ -150,7 +150,7 @@ def test_empty_list(client: TestClient) -> None:
         ("limit=101", "limit", "less than or equal to 100"),
         ("limit=ten", "limit", "integer"),
         ("order=up", "order", "'asc' or 'desc'"),
-        (f"after={new_job_id()}", "after", "no video with the id"),
+        (f"after={UNKNOWN}", "after", "no video with the id"),
         ("after=../x", "after", "no video with the id"),
     ],
 )
@@ -228,7 +228,7 @@ def test_content_of_an_unfinished_job(client: TestClient) -> None:
 
 
 def test_content_that_does_not_exist(client: TestClient) -> None:
-    assert client.get(f"/v1/videos/{new_job_id()}/content").status_code == 404
+    assert client.get(f"/v1/videos/{UNKNOWN}/content").status_code == 404
     job_id = complete(client)
     for file in services_of(client).store.files():
         services_of(client).store.remove(file.name)
@@ -307,7 +307,7 @@ def test_remix_changes_the_label_alone(client: TestClient, kind: str) -> None:
 def test_remix_of_what_is_not_there(client: TestClient) -> None:
     deleted = complete(client)
     client.delete(f"/v1/videos/{deleted}")
-    for video_id in (new_job_id(), "x", deleted):
+    for video_id in (UNKNOWN, "x", deleted):
         response = remix(client, video_id, prompt="covid-convex")
         assert (response.status_code, response.json()["error"]["code"]) == (404, "video_not_found")
 
@@ -557,7 +557,7 @@ def test_bug_becomes_a_500_with_an_id(client: TestClient, monkeypatch: pytest.Mo
         raise RuntimeError("secret detail")
 
     monkeypatch.setattr(services_of(client).repository, "get", broken)
-    response = client.get(f"/v1/videos/{new_job_id()}")
+    response = client.get(f"/v1/videos/{UNKNOWN}")
     assert response.status_code == 500
     assert response.json()["error"]["code"] == "internal_error"
     assert "secret detail" not in response.text
