@@ -65,7 +65,7 @@ def request() -> Drawing:
         (4, 2, "each step: progress, lease renewed, cancelled?"),
         (4, 5, "files: aside, hashed, renamed"),
         (4, 2, "completed, if the token still holds"),
-        (0, 1, "GET …/{id}, then /content"),
+        (0, 1, "GET \u2026/{id}, then /content"),
     ]
     step, top = 40, 92
     d = Drawing(980, top + step * len(steps) + 10, "Sequence of a request, from POST to the stored video")
