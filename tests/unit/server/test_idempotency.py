@@ -300,6 +300,9 @@ def two_apps(settings: Settings) -> Iterator[list[TestClient]]:
     """Two applications on one database, as two API processes are."""
     settings = settings.model_copy(update={"max_queued_jobs": 1000})
     with TestClient(create_app(settings)) as one, TestClient(create_app(settings)) as other:
+        for client in (one, other):
+            # An app makes up its routes at the first request; two in one process, at once, would trip over each other.
+            assert client.get("/nowhere").status_code == 404
         yield [one, other]
 
 
