@@ -13,7 +13,7 @@ from medsora.errors import RequestError, VideoError
 from medsora.manifest import Limits
 from medsora.video_io import Frames, iterate_video
 
-__all__ = ["read_given_frames"]
+__all__ = ["has_transparent_pixels", "read_given_frames"]
 
 _PICTURES = ("PNG", "JPEG", "WEBP")
 _ORIENTATION = 0x0112  # Exif
@@ -52,6 +52,14 @@ def read_given_frames(path: Path, *, size: tuple[int, int], most: int, limits: L
     return np.stack(frames)
 
 
+def has_transparent_pixels(image: Image.Image) -> bool:
+    """Whether a pixel of a picture is not wholly opaque; decodes it where it might be."""
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return False
+    lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
+    return bool(lowest != 255)
+
+
 def _check_size(frame: Frames, size: tuple[int, int]) -> None:
     height, width, _ = frame.shape
     if (width, height) != size:
@@ -70,10 +78,8 @@ def _read_picture(path: Path) -> Frames | None:
                 raise VideoError(f"{path}: is an animation; give it as MP4 or WebM")
             if image.getexif().get(_ORIENTATION, 1) != 1:
                 raise VideoError(f"{path}: is stored turned or mirrored, as its Exif data say; store it upright")
-            if "A" in image.getbands() or "transparency" in image.info:
-                lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
-                if lowest != 255:
-                    raise VideoError(f"{path}: has transparent pixels")
+            if has_transparent_pixels(image):
+                raise VideoError(f"{path}: has transparent pixels")
             return np.asarray(image.convert("RGB"))
     except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise VideoError(f"{path}: is a damaged picture: {error}") from error

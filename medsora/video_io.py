@@ -154,15 +154,7 @@ def mp4_writer(
             "libx264", rate=_rate(path, fps), options={"crf": str(crf), "preset": preset, "threads": "1", "bf": "0"}
         )
         _tag_colours(stream.codec_context, width, height)
-        number, converter = itertools.count(), VideoReformatter()  # its tables take longer than a frame does
-
-        def write(frames: Frames) -> None:
-            for rgb in frames:
-                frame = _to_yuv(converter, rgb)
-                frame.pts = next(number)
-                output.mux(stream.encode(frame))
-
-        yield write
+        yield _frame_writer(output, stream)
         output.mux(stream.encode())
 
 
@@ -210,15 +202,7 @@ def fragmented_mp4_writer(
         output.metadata.update(tags)
         stream = output.add_stream("libx264", rate=_rate(path, fps), options=options)
         _tag_colours(stream.codec_context, width, height)
-        number, converter = itertools.count(), VideoReformatter()  # its tables take longer than a frame does
-
-        def write(frames: Frames) -> None:
-            for rgb in frames:
-                frame = _to_yuv(converter, rgb)
-                frame.pts = next(number)
-                output.mux(stream.encode(frame))
-
-        yield write
+        yield _frame_writer(output, stream)
         output.mux(stream.encode())
 
 
@@ -420,6 +404,19 @@ def _tag_colours(context: Any, width: int, height: int) -> None:
     context.colorspace = Colorspace.ITU709
     context.color_primaries = ColorPrimaries.BT709
     context.color_trc = ColorTrc.BT709
+
+
+def _frame_writer(output: Any, stream: Any) -> Callable[[Frames], None]:
+    """What encodes the next frames into a stream of an open container."""
+    number, converter = itertools.count(), VideoReformatter()  # its tables take longer than a frame does
+
+    def write(frames: Frames) -> None:
+        for rgb in frames:
+            frame = _to_yuv(converter, rgb)
+            frame.pts = next(number)
+            output.mux(stream.encode(frame))
+
+    return write
 
 
 def _to_yuv(converter: VideoReformatter, rgb: Frames) -> av.VideoFrame:

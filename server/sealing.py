@@ -15,9 +15,8 @@ from threading import Lock
 
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 
+from medsora.files import sync
 from server.settings import Settings, SettingsError, is_sealing_key
-
-__all__ = ["SealError", "Sealer"]
 
 __all__ = ["FILE_NAME", "SealError", "Sealer", "new_key"]
 
@@ -96,8 +95,7 @@ def _read_or_make(path: Path) -> Sequence[str]:
         try:
             with os.fdopen(descriptor, "w") as file:
                 file.write(new_key() + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            sync(Path(partial))
             try:
                 os.link(partial, path)
             except FileExistsError:
@@ -108,11 +106,7 @@ def _read_or_make(path: Path) -> Sequence[str]:
                 )
         finally:
             Path(partial).unlink()
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync(path.parent)
     if path.stat().st_mode & 0o077:
         logger.warning("%s can be read by others than its owner; chmod 600 it", FILE_NAME)
     keys = path.read_text().split()

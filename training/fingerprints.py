@@ -65,13 +65,14 @@ def fingerprint_checkpoint(
     train = load_split(table, data, model, "train", device=device)
     chosen = torch.linspace(0, len(train) - 1, min(len(train), count)).round().long()
     marks = [fingerprint(clip) for clip in _windows(train, chosen)]
+    joined = b"".join(marks)
     report(f"{len(marks)} fingerprints of {len(train)} training windows")
     try:
         test = load_split(table, data, model, "test", device=device)
     except DataError as error:
         report(f"not calibrated, there is nothing held out: {error}")
-        return add_fingerprints(directory, b"".join(marks))
-    known = TrainingFingerprints(b"".join(marks))
+        return add_fingerprints(directory, joined)
+    known = TrainingFingerprints(joined)
     held_out = _resemblances(known, test, torch.arange(len(test)))
     bar = float(torch.quantile(held_out, HELD_OUT_QUANTILE))
     units = units_of_windows(test, torch.arange(len(test)))
@@ -97,7 +98,7 @@ def fingerprint_checkpoint(
             "lowest": round(float(found.min()), 4),
         }
         report(f"planted, {name}: {figures['planted'][name]}")
-    return add_fingerprints(directory, b"".join(marks), max_resemblance=round(bar, 4), metrics=figures)
+    return add_fingerprints(directory, joined, max_resemblance=round(bar, 4), metrics=figures)
 
 
 def _windows(clips: ClipSet, windows: Tensor) -> Iterator[Frames]:

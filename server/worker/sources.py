@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from medsora.errors import MedsoraError
+from medsora.given import has_transparent_pixels
 from medsora.video_io import rgb_of
 from server.files.store import FileStore
 from server.jobs.repository import JobRecord
@@ -68,10 +69,8 @@ def _read_picture(path: Path) -> Frames:
         with Image.open(path, formats=[kind.upper() for kind in PICTURES]) as image:
             if image.mode not in _MODES:
                 raise MediaError(f"has pixels of mode {image.mode}; allowed: 8 bits a channel")
-            if image.mode in ("LA", "RGBA") or "transparency" in image.info:
-                lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
-                if lowest != 255:
-                    raise MediaError("has transparent pixels; allowed: opaque ones")
+            if has_transparent_pixels(image):
+                raise MediaError("has transparent pixels; allowed: opaque ones")
             return np.asarray(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MediaError(f"is a damaged picture: {str(error).replace(str(path), 'file')[:100]}") from None

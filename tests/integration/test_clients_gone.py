@@ -160,6 +160,15 @@ def read_head(connection: socket.socket) -> bytes:
     return head
 
 
+def leave_in_the_middle(api: Api, target: str) -> None:
+    """Begin to download, and go away, again and again."""
+    for number in range(TIMES):
+        connection = api.connect(get(target))
+        assert read_head(connection).startswith(b"HTTP/1.1 200")
+        connection.recv(64 * 1024, socket.MSG_WAITALL)
+        leave(connection, rudely=number % 2 == 0)
+
+
 def test_in_the_middle_of_a_download(api: Api) -> None:
     content = os.urandom(SIZE)
     claim = api.begin()
@@ -167,11 +176,7 @@ def test_in_the_middle_of_a_download(api: Api) -> None:
     target = f"/v1/videos/{claim.job.id}/content"
     assert api.http.get(target).content == content
     with nothing_is_kept(api):
-        for number in range(TIMES):
-            connection = api.connect(get(target))
-            assert read_head(connection).startswith(b"HTTP/1.1 200")
-            connection.recv(64 * 1024, socket.MSG_WAITALL)
-            leave(connection, rudely=number % 2 == 0)
+        leave_in_the_middle(api, target)
     assert hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(content).digest()
     assert api.http.get(target).content == content
 
@@ -195,11 +200,7 @@ def test_while_watching_a_video_that_is_being_made(api: Api) -> None:
     live.write_bytes(os.urandom(SIZE))
     target = f"/v1/videos/{claim.job.id}/stream"
     with nothing_is_kept(api):
-        for number in range(TIMES):
-            connection = api.connect(get(target))
-            assert read_head(connection).startswith(b"HTTP/1.1 200")
-            connection.recv(64 * 1024, socket.MSG_WAITALL)
-            leave(connection, rudely=number % 2 == 0)
+        leave_in_the_middle(api, target)
         waiting = api.begin()  # nothing to see yet: these hear nothing at all before they go
         unanswered = [api.connect(get(f"/v1/videos/{waiting.job.id}/stream")) for _ in range(TIMES)]
         for number, connection in enumerate(unanswered):

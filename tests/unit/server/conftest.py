@@ -1,6 +1,7 @@
 """A job database, a store and an application on temporary folders; no broker answers here."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,22 @@ def _clients_are_local(monkeypatch: pytest.MonkeyPatch) -> None:
     """Test clients call the server as one calls it on one's own machine; else they would need keys."""
     _, *others = TestClient.__init__.__defaults__ or ()
     monkeypatch.setattr(TestClient.__init__, "__defaults__", ("http://127.0.0.1", *others))
+
+
+@pytest.fixture
+def open_two_apps() -> Callable[[Settings], AbstractContextManager[list[TestClient]]]:
+    """Two applications on one database, as two API processes are."""
+
+    @contextmanager
+    def open_them(settings: Settings) -> Iterator[list[TestClient]]:
+        with TestClient(create_app(settings)) as one, TestClient(create_app(settings)) as other:
+            for client in (one, other):
+                # An app makes up its routes at the first request; two in one process, at once, would trip over each
+                # other.
+                assert client.get("/nowhere").status_code == 404
+            yield [one, other]
+
+    return open_them
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -296,14 +297,11 @@ def test_tenants_do_not_meet_in_a_key(settings: Settings) -> None:
 
 
 @pytest.fixture
-def two_apps(settings: Settings) -> Iterator[list[TestClient]]:
-    """Two applications on one database, as two API processes are."""
-    settings = settings.model_copy(update={"max_queued_jobs": 1000})
-    with TestClient(create_app(settings)) as one, TestClient(create_app(settings)) as other:
-        for client in (one, other):
-            # An app makes up its routes at the first request; two in one process, at once, would trip over each other.
-            assert client.get("/nowhere").status_code == 404
-        yield [one, other]
+def two_apps(
+    settings: Settings, open_two_apps: Callable[[Settings], AbstractContextManager[list[TestClient]]]
+) -> Iterator[list[TestClient]]:
+    with open_two_apps(settings.model_copy(update={"max_queued_jobs": 1000})) as apps:
+        yield apps
 
 
 @pytest.mark.parametrize("how", ["json", "data"])

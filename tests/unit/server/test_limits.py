@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -134,12 +135,11 @@ def test_as_many_as_fit(database: Database, job_values: dict[str, Any]) -> None:
         assert (fit.num_jobs, fit.quota is None) == (number, number == 5), limits
 
 
-def test_processes_cannot_overdraw_together(settings: Settings) -> None:
+def test_processes_cannot_overdraw_together(
+    settings: Settings, open_two_apps: Callable[[Settings], AbstractContextManager[list[TestClient]]]
+) -> None:
     settings = settings.model_copy(update={"tenant_clips_per_day": 7, "max_queued_jobs": 1000})
-    with TestClient(create_app(settings)) as one, TestClient(create_app(settings)) as other:
-        for client in (one, other):
-            # An app makes up its routes at the first request; two in one process, at once, would trip over each other.
-            assert client.get("/nowhere").status_code == 404
+    with open_two_apps(settings) as (one, other):
         with ThreadPoolExecutor(20) as pool:
             answers = list(pool.map(lambda number: (one, other)[number % 2].post("/v1/videos", json=PROMPT), range(40)))
         assert sorted(answer.status_code for answer in answers) == [200] * 7 + [429] * 33
