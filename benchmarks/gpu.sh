@@ -47,8 +47,8 @@ warm base-128 --preset base --batch 128
 warm base-1 --preset base --batch 1
 warm small --checkpoint lung-ultrasound-small --batch 64,1
 warm small-unguided --checkpoint lung-ultrasound-small --batch 64 --guidance 1
-warm frames-16-32 --preset small --batch 8 --frames 16,32
-warm frames-64-128 --preset small --batch 8 --frames 64,128
+warm frames-16-32 --preset small --batch 8,64 --frames 16,32
+warm frames-64-128 --preset small --batch 8,64 --frames 64,128
 wait
 say "compiled"
 for test in $TESTS; do grep -hE '^(FAILED|ERROR|E  )|passed|failed|exit status' "$OUT/test-$test.log"; done
@@ -58,7 +58,7 @@ bench --preset base --batch 64,128 --steps 20 --repeats 5 --json "$OUT/base-batc
 bench --checkpoint lung-ultrasound-small --batch 64,1 --json "$OUT/small.json"; say small
 bench --checkpoint lung-ultrasound-small --batch 64 --guidance 1 --json "$OUT/small-unguided.json"; say small, no guidance
 bench --preset base --batch 1 --repeats 3 --json "$OUT/base-one.json"; say base, one clip
-bench --preset small --batch 8 --frames 16,32,64,128 --steps 20 --json "$OUT/frames.json"; say lengths
+bench --preset small --batch 8,64 --frames 16,32,64,128 --steps 20 --json "$OUT/frames.json"; say lengths
 "$PYTHON" benchmarks/step_profile.py | tee "$OUT/profile.txt"; say profile
 [ -n "${NO_TABLES:-}" ] && exit 0
 for operator in mixer ssd selective_scan; do

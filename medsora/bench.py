@@ -94,8 +94,12 @@ def preset_pipeline(
     backend: str = "auto",
     compiled: str = "auto",
     batch_sizes: Sequence[int] = BATCH_SIZES,
+    window: int = 16,
 ) -> VideoPipeline:
     """A pipeline of a preset with random weights: as fast as a trained one, but its clips are noise.
+
+    Args:
+        window: Frames that it samples at once, at most.
 
     Raises:
         RequestError: No such preset or dtype.
@@ -126,7 +130,7 @@ def preset_pipeline(
         labels=(Label(name="first", description="", condition={"finding": "first"}),),
         limits=Limits(
             sizes=((128, 128),),
-            num_frames=(16,),
+            num_frames=(window,),
             fps=8.0,
             num_inference_steps=(2, 250, 1000) if config.denoiser.prediction == "noise" else (1, 30, 1000),
             guidance_scale=(1.0, 1.0, 10.0),
@@ -258,6 +262,8 @@ def measure(
     patch_size = config.denoiser.patch_size
     if not is_valid_video_shape(num_frames, 8 * patch_size, 8 * patch_size, patch_size=patch_size):
         raise RequestError("frames", f"must be a positive multiple of 8, got {num_frames}")
+    if num_frames > limits.window:
+        raise RequestError("frames", f"at most {limits.window} are sampled at once, got {num_frames}")
     if not is_valid_video_shape(num_frames, height, width, patch_size=patch_size):
         step = SPATIAL_STRIDE * patch_size
         raise RequestError("size", f"width and height must be positive multiples of {step}, got {width}x{height}")

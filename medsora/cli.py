@@ -486,7 +486,7 @@ def bench(
             raise MedsoraError(f"measuring needs the package {error.name}: pip install 'medsora[model]'") from error
         options = {"device": device, "dtype": dtype, "backend": backend, "compiled": compiled}
         if preset is not None:
-            pipeline = measuring.preset_pipeline(preset, **options, batch_sizes=batches)
+            pipeline = measuring.preset_pipeline(preset, **options, batch_sizes=batches, window=max(lengths))
         else:
             pipeline = VideoPipeline.from_checkpoint(checkpoint or "", **options, batch_sizes=batches)
         rate = measuring.matrix_rate(pipeline.device, pipeline.dtype)

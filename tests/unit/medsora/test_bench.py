@@ -200,6 +200,7 @@ def test_presets_have_random_weights_that_are_the_same_each_time(tiny: VideoPipe
         ({"repeats": 0}, "repeats"),
         ({"num_frames": 12}, "frames"),
         ({"num_frames": 0}, "frames"),
+        ({"num_frames": 24}, "frames"),  # more than one window
         ({"height": 24}, "size"),
         ({"width": 0}, "size"),
         ({"sampler": "ddim"}, "sampler"),
@@ -251,7 +252,7 @@ def test_presets_that_cannot_be_made_are_refused(options: dict[str, str], messag
 @pytest.mark.usefixtures("short_runs")
 def test_the_command_prints_a_table_and_writes_the_figures(tmp_path: Path) -> None:
     output = tmp_path / "figures.json"
-    command = ["bench", "--preset", "tiny", "--device", "cpu", "--size", "16x32", "--batch", "1,2", "--frames", "8,16"]
+    command = ["bench", "--preset", "tiny", "--device", "cpu", "--size", "16x32", "--batch", "1,2", "--frames", "8,24"]
     options = ["--repeats", "1", "--steps", "2", "--guidance", "2.5", "--sampler", "heun", "--json", str(output)]
     result = CliRunner().invoke(app, [*command, *options], env={"COLUMNS": "160"})
     assert result.exit_code == 0, result.output
@@ -262,7 +263,7 @@ def test_the_command_prints_a_table_and_writes_the_figures(tmp_path: Path) -> No
     assert figures["network"] == "tiny"
     assert figures["device"] == "cpu"
     assert figures["matrix_rate_tflops"] > 0
-    assert [(row["num_frames"], row["batch"]) for row in figures["rows"]] == [(8, 1), (8, 2), (16, 1), (16, 2)]
+    assert [(row["num_frames"], row["batch"]) for row in figures["rows"]] == [(8, 1), (8, 2), (24, 1), (24, 2)]
     assert all(row["width"] == 16 and row["height"] == 32 for row in figures["rows"])
 
 
