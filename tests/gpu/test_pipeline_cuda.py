@@ -6,7 +6,7 @@ that so large a network amplifies: 1e-3. In bfloat16 fused operations also round
 itself 2 to 9 % away from float32: 0.2.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -32,7 +32,7 @@ pytestmark = [
 BATCH = 4
 # guidance doubles what the network sees: half as many clips run in what was compiled for a batch without
 CLIPS = {1.0: BATCH, 3.0: BATCH // 2}
-BOUNDS = {"float32": 1e-3, "bfloat16": 0.2}
+FLOAT32_BOUND = 1e-3
 
 
 def pipeline_of(prediction: str, *, dtype: str, compiled: str, device: str = "cuda") -> VideoPipeline:
@@ -84,16 +84,21 @@ def latents(pipeline: VideoPipeline, requests: list[GenerationRequest]) -> torch
     return pipeline.sample_latents(requests).clone()
 
 
-def compare_samplers(graphed: VideoPipeline, plain: VideoPipeline, dtype: str) -> None:
-    assert (graphed.is_compiled, plain.is_compiled) == (True, False)
-    for sampler in plain.config.denoiser.samplers:
+def each_setting(pipeline: VideoPipeline) -> Iterator[list[GenerationRequest]]:
+    for sampler in pipeline.config.denoiser.samplers:
         for guidance_scale, clips in CLIPS.items():
             for label in ("first", "second"):  # the second goes by what was recorded for the first
-                requests = ask(sampler, range(clips), label=label, guidance_scale=guidance_scale)
-                got, expected = latents(graphed, requests), latents(plain, requests)
-                error = ((got - expected).norm() / expected.norm()).item()
-                print(dtype, sampler, guidance_scale, label, f"{error:.1e}")
-                assert error <= BOUNDS[dtype]
+                yield ask(sampler, range(clips), label=label, guidance_scale=guidance_scale)
+
+
+def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+def compare_samplers(graphed: VideoPipeline, plain: VideoPipeline) -> None:
+    assert (graphed.is_compiled, plain.is_compiled) == (True, False)
+    for requests in each_setting(plain):
+        assert distance(latents(graphed, requests), latents(plain, requests)) <= FLOAT32_BOUND, requests[0]
 
 
 def compare_decoding(graphed: VideoPipeline, plain: VideoPipeline, *, levels: int) -> None:
@@ -109,18 +114,24 @@ def compare_decoding(graphed: VideoPipeline, plain: VideoPipeline, *, levels: in
 
 def test_graphs_in_float32_equal_the_same_plans_step_by_step(velocity: VideoPipeline) -> None:
     plain = pipeline_of("velocity", dtype="float32", compiled="off")
-    compare_samplers(velocity, plain, "float32")
+    compare_samplers(velocity, plain)
     compare_decoding(velocity, plain, levels=1)
 
 
 def test_graphs_of_a_network_that_predicts_noise() -> None:
     graphed, plain = (pipeline_of("noise", dtype="float32", compiled=compiled) for compiled in ("on", "off"))
-    compare_samplers(graphed, plain, "float32")
+    compare_samplers(graphed, plain)
 
 
 def test_graphs_in_bfloat16_are_as_close_as_its_rounding() -> None:
+    """A network of large random weights lets rounding grow, most of all in long steps: so what counts is the distance
+    to float32, next to that of the same arithmetic step by step."""
+    exact = pipeline_of("velocity", dtype="float32", compiled="off")
     graphed, plain = (pipeline_of("velocity", dtype="bfloat16", compiled=compiled) for compiled in ("on", "off"))
-    compare_samplers(graphed, plain, "bfloat16")
+    for requests in each_setting(plain):
+        expected = latents(exact, requests)
+        rounding = distance(latents(plain, requests), expected)
+        assert distance(latents(graphed, requests), expected) <= 1.5 * rounding + 0.02, requests[0]
     compare_decoding(graphed, plain, levels=16)
 
 
@@ -212,7 +223,7 @@ def test_a_gpu_that_is_not_the_current_one(velocity: VideoPipeline) -> None:
         requests = ask("euler", range(clips), guidance_scale=guidance_scale)
         got, expected = latents(other, requests), latents(velocity, requests)
         assert got.device == torch.device("cuda", 1)
-        assert (got.cpu() - expected.cpu()).norm() <= BOUNDS["float32"] * expected.norm().cpu()
+        assert (got.cpu() - expected.cpu()).norm() <= FLOAT32_BOUND * expected.norm().cpu()
     assert torch.cuda.current_device() == 0
 
 
