@@ -154,8 +154,8 @@ class DenoiserConfig:
 
     @property
     def samplers(self) -> tuple[str, ...]:
-        """The samplers that can use this network."""
-        return (*SAMPLERS_OF[self.prediction], *([SHORTCUT] if self.has_step_sizes else []))
+        """The samplers that can use this network, the one that it is best used by first."""
+        return (*([SHORTCUT] if self.has_step_sizes else []), *SAMPLERS_OF[self.prediction])
 
     @property
     def null_condition(self) -> tuple[int, ...]:

@@ -292,7 +292,7 @@ def compare_command(
     steps: Annotated[list[int] | None, typer.Option(help="Sampling steps; default 50. Repeatable.")] = None,
     guidance: Annotated[list[float] | None, typer.Option(help="Guidance scale; default 1.5. Repeatable.")] = None,
     samples: Annotated[int, typer.Option(help="Clips to generate at each setting.", min=2)] = 512,
-    sampler: Annotated[str | None, typer.Option(help="Sampler; default the first that a run's network fits.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Default: what a run's network is made for.")] = None,
     batch_size: Annotated[int, typer.Option(help="Clips generated together.", min=1)] = 64,
     out: Annotated[Path | None, typer.Option(help="File for the figures, JSON.")] = None,
     device: DeviceOption = "auto",

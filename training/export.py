@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from medsora.checkpoint import load_checkpoint, save_checkpoint
-from medsora.config import SHORTCUT, DenoiserConfig, ModelConfig
+from medsora.config import DenoiserConfig, ModelConfig
 from medsora.geometry import CHUNK_FRAMES
 from medsora.manifest import FORMAT_VERSION, Label, Limits, Manifest, normalise_label
 from training.config import DataConfig, TrainConfig
@@ -55,8 +55,7 @@ class Sampling:
     """Frames of the longest clip, where the denoiser was trained with clean prefixes: windows add up without end, but
     nobody has looked at what becomes of a longer one."""
     sampler: str | None = None
-    """The default one; None is ``shortcut`` where the network has step sizes, else the first of those that can use it.
-    All of those are allowed."""
+    """The default one; None is the first of those that can use the network. All of those are allowed."""
 
     def samplers_for(self, network: DenoiserConfig) -> tuple[str, ...]:
         """The samplers that the manifest allows, the default one first.
@@ -65,7 +64,7 @@ class Sampling:
             TrainingError: The sampler that was asked for cannot use this network.
         """
         able = network.samplers
-        chosen = (SHORTCUT if network.has_step_sizes else able[0]) if self.sampler is None else self.sampler
+        chosen = able[0] if self.sampler is None else self.sampler
         if chosen not in able:
             kind = f"predicts {network.prediction}" + (" and has step sizes" if network.has_step_sizes else "")
             raise TrainingError(f"a network that {kind} is sampled by {' or '.join(able)}, not {chosen}")

@@ -53,7 +53,7 @@ def write_variant(
     )
     limits = replace(
         loaded.manifest.limits,
-        samplers=(*denoiser.samplers[2:], *denoiser.samplers[:2]),
+        samplers=denoiser.samplers,
         num_inference_steps=(2, 4, 1000),
         shortcut_steps=shortcut_steps,
         shortcut_guidance=2.5,

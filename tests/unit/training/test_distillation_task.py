@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from medsora.checkpoint import load_checkpoint
 from medsora.config import SHORTCUT
 from medsora.errors import RequestError
 from medsora.models.denoiser import Denoiser
@@ -92,6 +91,11 @@ def test_the_last_trajectories_are_kept_for_the_evaluation() -> None:
     assert set(errors) == {f"shortcut_{steps}_error" for steps in (1, 2, 4, 8)}
     assert max(errors.values()) < 2e-2
     assert {"train_velocity_mse", "test_velocity_mse"} <= set(figures)
+
+
+def test_what_was_distilled_is_sampled_in_few_steps_unless_another_sampler_is_asked_for() -> None:
+    assert recipe("denoiser_tiny").model.denoiser.samplers == ("euler", "heun")
+    assert recipe("denoiser_tiny_shortcut").model.denoiser.samplers == ("shortcut", "euler", "heun")
 
 
 def test_a_recipe_with_step_sizes_needs_a_distillation_and_the_other_way_round() -> None:
@@ -183,7 +187,7 @@ def test_shortcut_of_a_network_without_step_sizes_is_refused(root: Path, tmp_pat
         "--sampler", SHORTCUT, code=1,
     )  # fmt: skip
     assert "predicts velocity is sampled by euler or heun, not shortcut" in output
-    assert SHORTCUT not in load_checkpoint(root / "checkpoint").config.denoiser.samplers[:2]
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_teacher_is_asked_for_and_must_fit(root: Path, table: Path, tmp_path: Path) -> None:
