@@ -43,12 +43,13 @@ def serve(
     settings = _settings(host=host, port=port, data_dir=data_dir, checkpoints=tuple(checkpoint or ()) or None)
     from medsora.errors import CheckpointError
     from server.embedded import ServeError, Supervisor
+    from server.jobs.database import DatabaseURLError
     from server.logs import configure_logging
 
     configure_logging(settings.log_level, settings.log_format, part="serve")
     try:
         sys.exit(Supervisor(settings).run())
-    except (ServeError, CheckpointError) as error:
+    except (ServeError, CheckpointError, DatabaseURLError) as error:
         _fail(error)
 
 

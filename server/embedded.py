@@ -23,7 +23,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from server.checkpoints import Catalogue
 from server.jobs.database import Database, migrate
@@ -164,7 +164,10 @@ class Supervisor:
         except OSError as error:
             raise ServeError(f"the data folder {data_dir} cannot be made: {error.strerror}") from error
         with _lock(data_dir / "server.lock"), _listen(settings.host, settings.port) as listener:
-            migrate(self._database)
+            try:
+                migrate(self._database)
+            except OperationalError as error:
+                raise ServeError(f"the job database cannot be used: {error.orig}") from error
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._on_stop_signal)
             if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else `nohup` asked us to outlive the terminal

@@ -14,6 +14,7 @@ let_idle_threads_sleep()  # read when torch is imported: tests share few cores w
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from postgres_cluster import MISSING, PostgresCluster, find_programs  # noqa: E402
 
 # Test processes side by side share the cores.
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
@@ -41,6 +42,17 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from medsora.checkpoint import write_tiny_checkpoint
 
     return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def postgres_cluster() -> Iterator[PostgresCluster]:
+    """A PostgreSQL of our own. Whoever stops it starts it again."""
+    programs = find_programs()
+    if programs is None:
+        pytest.skip(MISSING)
+    cluster = PostgresCluster(programs)
+    yield cluster
+    cluster.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import Connection, delete, func, insert, select, text
 
 from server.events.model import Event
-from server.jobs.database import Database, database_now
+from server.jobs.database import Database, database_now, lock_rows
 from server.webhooks.outbox import Message, put_out
 
 __all__ = ["EventLog", "EventRecord", "NewEvent", "emit", "emit_all"]
@@ -133,4 +133,5 @@ class EventLog:
         if not gone:
             return 0
         with self._database.write() as connection:
-            return connection.execute(delete(Event).where(Event.seq.in_(gone[:_SWEPT_AT_ONCE]))).rowcount
+            seqs = select(Event.seq).where(Event.seq.in_(gone[:_SWEPT_AT_ONCE])).order_by(Event.seq)
+            return connection.execute(delete(Event).where(Event.seq.in_(lock_rows(connection, seqs)))).rowcount

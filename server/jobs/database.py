@@ -2,6 +2,10 @@
 
 SQLite runs in WAL mode with ``synchronous=FULL``: what was committed survives a power cut. Every transaction
 that writes takes the write lock at its beginning, so that two writers wait for each other instead of failing.
+
+PostgreSQL runs what reads in REPEATABLE READ, where nothing that only reads can fail, and what writes in READ
+COMMITTED: writers lock the rows that they choose, several rows in one order, so none ends in a deadlock or needs to be
+tried again (:func:`lock_rows`).
 """
 
 import fcntl
@@ -14,15 +18,48 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Double, Engine, Table, create_engine, event, make_url, text
+from sqlalchemy import (
+    URL,
+    Connection,
+    Double,
+    Engine,
+    Select,
+    Table,
+    create_engine,
+    event,
+    literal_column,
+    make_url,
+    text,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
-__all__ = ["Database", "database_now", "insert_if_absent", "migrate"]
+__all__ = ["Database", "DatabaseURLError", "database_now", "insert_if_absent", "lock_rows", "migrate"]
 
 BUSY_TIMEOUT_MS = 5000
-_MIGRATION_LOCK_KEY = 0x6D656473  # any number of our own for pg_advisory_lock
+_CONNECTIONS, _QUICK_CONNECTIONS = 20, 5
+"""Most connections to PostgreSQL of one :class:`Database`, and of one whose commits do not wait for the disk."""
+_MIGRATION_LOCK_KEY = 0x6D656473  # any number of our own for pg_advisory_xact_lock
+
+_POSTGRESQL_SESSION = {
+    # No query of ours takes a second; one that does not end must not hold up whoever waits for its locks.
+    "statement_timeout": "30s",
+    # A process that is frozen within a transaction loses it, and the locks with it.
+    "idle_in_transaction_session_timeout": "20s",
+}
+# A host that is gone without a word is noticed after about half a minute, and not when TCP gives up after many.
+_POSTGRESQL_CONNECTION: dict[str, Any] = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 25_000,
+}
+
+
+class DatabaseURLError(ValueError):
+    """A URL of a database that jobs cannot be kept in, or whose driver is not installed."""
 
 
 class database_now(FunctionElement[float]):  # noqa: N801 - reads like the SQL function that it is
@@ -46,8 +83,11 @@ class Database:
     """An engine with the two kinds of transaction that the repository needs.
 
     Args:
-        url: SQLAlchemy URL; ``sqlite:///`` or PostgreSQL.
+        url: SQLAlchemy URL; ``sqlite:///`` or ``postgresql://``, which psycopg speaks to.
         is_durable: Whether what was committed outlives a power cut; where not, commits cost little.
+
+    Raises:
+        DatabaseURLError: Jobs cannot be kept there, or the driver is not installed.
     """
 
     def __init__(self, url: str, *, is_durable: bool = True) -> None:
@@ -55,24 +95,23 @@ class Database:
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         if self.is_sqlite:
             if self.url.database in (None, "", ":memory:"):
-                raise ValueError("the job database must be a file: several processes share it")
+                raise DatabaseURLError("the job database must be a file: several processes share it")
             self.engine = create_engine(
                 self.url,
                 connect_args={"timeout": BUSY_TIMEOUT_MS / 1000},
                 hide_parameters=True,  # errors are logged, and parameters are prompts and secrets
             )
             _configure_sqlite(self.engine, is_durable=is_durable)
+            self._reader = self.engine
         else:
-            options = {} if is_durable else {"connect_args": {"options": "-c synchronous_commit=off"}}
-            self.engine = create_engine(
-                self.url, hide_parameters=True, pool_pre_ping=True, pool_size=10, max_overflow=10, **options
-            )
+            self.engine = _postgresql_engine(self.url, is_durable=is_durable)
+            self._reader = self.engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         self._writer = self.engine.execution_options(begin_immediate=True)
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A transaction that only reads: one consistent view."""
-        with self.engine.begin() as connection:
+        with self._reader.begin() as connection:
             yield connection
 
     @contextmanager
@@ -92,7 +131,50 @@ def insert_if_absent(connection: Connection, table: Table, values: dict[str, Any
     In PostgreSQL it waits for a transaction that inserts the same key at the same time.
     """
     dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
-    return connection.execute(dialect.insert(table).values(values).on_conflict_do_nothing()).rowcount == 1
+    statement = dialect.insert(table).values(values).on_conflict_do_nothing()
+    # not rowcount, which psycopg does not tell of an insertion
+    return connection.execute(statement.returning(literal_column("1"))).one_or_none() is not None
+
+
+def lock_rows(connection: Connection, query: Select[Any], *, skip_locked: bool = False) -> list[int]:
+    """Numbers of the chosen rows of a table, locked until the transaction is over. SQLite has one writer anyway.
+
+    Whoever changes several rows in one transaction locks them so beforehand: two that want the same rows then wait for
+    each other and do not deadlock.
+
+    Args:
+        query: Selects the rows' numbers in rising order, the order in which all lock them.
+        skip_locked: Leave out rows that another transaction is at.
+    """
+    return list(connection.scalars(query.with_for_update(skip_locked=skip_locked)))
+
+
+def _postgresql_engine(url: URL, *, is_durable: bool) -> Engine:
+    if url.get_backend_name() != "postgresql":
+        raise DatabaseURLError(f"the job database is SQLite or PostgreSQL, not {url.get_backend_name()}")
+    if url.drivername == "postgresql":
+        url = url.set(drivername="postgresql+psycopg")
+    session = {**_POSTGRESQL_SESSION, **({} if is_durable else {"synchronous_commit": "off"})}
+    options = [f"-c {name}={value}" for name, value in session.items()]
+    given = url.query.get("options", ())  # the operator's word is the last
+    options += [given] if isinstance(given, str) else given
+    most = _CONNECTIONS if is_durable else _QUICK_CONNECTIONS
+    defaults = {name: value for name, value in _POSTGRESQL_CONNECTION.items() if name not in url.query}
+    try:
+        return create_engine(
+            url,
+            connect_args={"application_name": "medsora", **defaults, "options": " ".join(options)},
+            hide_parameters=True,
+            pool_pre_ping=True,  # after a restart of PostgreSQL no request meets a dead connection
+            pool_size=most // 2,
+            max_overflow=most - most // 2,
+            pool_timeout=10.0,
+            pool_use_lifo=True,  # so that what a rush has opened falls idle, and a proxy between may close it
+        )
+    except ModuleNotFoundError as error:
+        raise DatabaseURLError(
+            f"{error.name} is missing, which speaks to PostgreSQL; install it: pip install 'medsora[postgres]'"
+        ) from error
 
 
 def _configure_sqlite(engine: Engine, *, is_durable: bool) -> None:
@@ -133,16 +215,14 @@ def migrate(database: Database) -> None:
         finally:
             os.close(lock)
     else:
-        with database.engine.connect() as guard:
-            guard.execute(text("select pg_advisory_lock(:key)"), {"key": _MIGRATION_LOCK_KEY})
-            try:
-                _upgrade(database, config)
-            finally:
-                guard.execute(text("select pg_advisory_unlock(:key)"), {"key": _MIGRATION_LOCK_KEY})
-                guard.commit()
+        _upgrade(database, config)
 
 
 def _upgrade(database: Database, config: Config) -> None:
     with database.write() as connection:
+        if not database.is_sqlite:
+            # Changes of the schema are part of the transaction, and so is the lock that keeps two processes apart.
+            connection.execute(text("set local statement_timeout = 0"))
+            connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK_KEY})
         config.attributes["connection"] = connection
         command.upgrade(config, "head")

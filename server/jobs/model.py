@@ -4,11 +4,27 @@ import enum
 import re
 import secrets
 
-from sqlalchemy import JSON, BigInteger, Boolean, CheckConstraint, Double, Index, Integer, String, Text, false
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    ColumnElement,
+    Double,
+    Index,
+    Integer,
+    String,
+    Text,
+    false,
+    literal_column,
+    text,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 __all__ = [
+    "ALIKE",
     "DEFAULT_TENANT",
+    "IS_QUEUED",
     "MOST_PRIORITY",
     "TERMINAL",
     "TRANSITIONS",
@@ -29,6 +45,11 @@ MOST_PRIORITY = 10
 """Priorities go from minus this to this; 0 is the usual."""
 
 _BIG = BigInteger().with_variant(Integer(), "sqlite")  # SQLite numbers rows by itself only for INTEGER
+
+
+_QUEUED = text("status = 'queued'")
+_UNPUBLISHED = text("status = 'queued' and published_at is null")
+_DELETED = text("deleted_at is not null")
 
 
 class JobStatus(enum.StrEnum):
@@ -76,11 +97,12 @@ class Job(Base):
     __tablename__ = "jobs"
     __table_args__ = (
         CheckConstraint("status in ('queued', 'running', 'succeeded', 'failed', 'canceled')", name="ck_jobs_status"),
-        Index("ix_jobs_status_lease", "status", "lease_until"),
+        # Nothing that changes while a job runs is in an index: PostgreSQL then renews leases without touching any.
         Index("ix_jobs_status_seq", "status", "seq"),
         Index("ix_jobs_status_model", "status", "model"),  # what /metrics counts
         Index("ix_jobs_tenant_seq", "tenant", "seq"),
-        Index("ix_jobs_tenant_status", "tenant", "status"),
+        Index("ix_jobs_unpublished", "seq", sqlite_where=_UNPUBLISHED, postgresql_where=_UNPUBLISHED),
+        Index("ix_jobs_deleted", "seq", sqlite_where=_DELETED, postgresql_where=_DELETED),
         {"sqlite_autoincrement": True},  # a cursor into the list must never come to mean another job
     )
 
@@ -179,6 +201,20 @@ class Job(Base):
     """Clips that were sampled together with it, itself included."""
     encode_s: Mapped[float | None] = mapped_column(Double)
     store_s: Mapped[float | None] = mapped_column(Double)
+
+
+ALIKE = (
+    Job.model, Job.num_frames, Job.height, Job.width, Job.num_inference_steps, Job.guidance_scale, Job.sampler,
+)  # fmt: skip
+"""What jobs must have in common to be sampled as one batch; ``GenerationRequest.shape_key`` and the model."""
+
+# Of what waits alone, so that they stay small however many jobs there have been; see sharing.py
+_OWN_ORDER = (Job.priority.desc(), Job.seq)
+Index("ix_jobs_queue", Job.tenant, *_OWN_ORDER, sqlite_where=_QUEUED, postgresql_where=_QUEUED)
+Index("ix_jobs_alike", Job.tenant, *ALIKE, *_OWN_ORDER, sqlite_where=_QUEUED, postgresql_where=_QUEUED)
+
+IS_QUEUED: ColumnElement[bool] = Job.status == literal_column("'queued'")
+"""Jobs that wait, said so that the indices which hold nothing else can serve: no parameter could promise that."""
 
 
 class WorkerProcess(Base):

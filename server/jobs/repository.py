@@ -16,6 +16,7 @@ from typing import Any
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Select,
     Update,
     and_,
     case,
@@ -32,10 +33,10 @@ from sqlalchemy import (
 from server import logs, tracing
 from server.events.jobs import announce_deletion, announce_preview, announce_progress, announce_states
 from server.idempotency import note_made
-from server.jobs.database import Database, database_now
+from server.jobs.database import Database, database_now, lock_rows
 from server.jobs.measures import BATCH_SIZE, measure_claimed, measure_ended
-from server.jobs.model import DEFAULT_TENANT, TERMINAL, DeletedJob, Job, JobStatus, new_job_id
-from server.jobs.sharing import ALIKE, charge, lock_shares, next_ids, runs_alone
+from server.jobs.model import ALIKE, DEFAULT_TENANT, IS_QUEUED, TERMINAL, DeletedJob, Job, JobStatus, new_job_id
+from server.jobs.sharing import alone, charge, lock_alike, lock_first, places
 from server.keys.limits import NO_LIMITS, Limits, Quota, count_usage, fitting
 from server.measures import Observation, add_observations
 
@@ -62,6 +63,7 @@ CANCELLED = "cancelled"
 CANCELLED_MESSAGE = "The job was cancelled."
 _ACCEPTED_NOW = {"created_at": database_now(), "queued_at": database_now()}
 _PLACES_TOLD = 10_000
+_SWEPT_AT_ONCE = 10_000
 CURSOR_KEPT_S = 86_400.0
 """Seconds for which a deleted job still serves as a cursor into the list."""
 
@@ -292,7 +294,8 @@ class JobRepository:
         """Let workers show previews of these unfinished jobs, and of all of these tenants, for a while."""
         meant = and_(Job.status.not_in(_TERMINAL_NAMES), or_(Job.id.in_(job_ids), Job.tenant.in_(tenants)))
         with self._database.write() as connection:
-            connection.execute(update(Job).where(meant).values(previews_until=database_now() + for_s))
+            in_order = select(Job.seq).where(meant).order_by(Job.seq).with_for_update()
+            connection.execute(update(Job).where(Job.seq.in_(in_order)).values(previews_until=database_now() + for_s))
 
     def queue_places(
         self, job_ids: Collection[str], tenants: Collection[str], *, limit: int
@@ -302,14 +305,14 @@ class JobRepository:
         Args:
             limit: Most of them; jobs behind the first 10,000 of the queue are left out.
         """
-        waits = (Job.status == JobStatus.QUEUED, Job.cancel_requested.is_(False))
+        waits = Job.cancel_requested.is_(False)
         meant = and_(_VISIBLE, or_(Job.id.in_(job_ids), Job.tenant.in_(tenants)))
-        query = select(_TABLE).where(*waits, meant).order_by(Job.seq).limit(limit)
+        query = select(_TABLE).where(IS_QUEUED, waits, meant).order_by(Job.seq).limit(limit)
         with self._database.read() as connection:
             rows = connection.execute(query).all()
-            order = next_ids(connection, waits, limit=_PLACES_TOLD) if rows else []
-        places = {job_id: place for place, job_id in enumerate(order, start=1)}
-        return sorted(((_record(row), places[row.id]) for row in rows if row.id in places), key=itemgetter(1))
+            order = places(connection, [waits], limit=_PLACES_TOLD) if rows else []
+        place_of = {job_id: place for place, job_id in enumerate(order, start=1)}
+        return sorted(((_record(row), place_of[row.id]) for row in rows if row.id in place_of), key=itemgetter(1))
 
     def request_cancel(self, job_id: str, *, tenant: str | None = None) -> bool:
         """Cancel a job that waits, ask the worker of one that runs. False when it is neither."""
@@ -338,55 +341,54 @@ class JobRepository:
 
     def claim(self, job_id: str, *, worker: str) -> Claim | None:
         """Take a job that waits, or whose worker has let its lease run out; None when it is not to be had."""
+        query = _lockable().where(Job.id == job_id, or_(IS_QUEUED, _abandoned()), *self._claimable())
         with self._database.write() as connection:
-            lock_shares(connection, self._database)
-            claims = self._take(connection, [job_id], worker)
+            row = connection.execute(query).one_or_none()
+            claims = [] if row is None else self._take(connection, [row], worker)
         return claims[0] if claims else None
 
     def claim_next(self, *, worker: str, most: Callable[[JobRecord], int]) -> list[Claim]:
         """Take the job that is next (see ``sharing.py``) and others that can be sampled together with it.
 
+        A job whose worker has let its lease run out comes before all that wait: it was its turn already.
+
         Args:
             most: How many may be sampled together with a job, itself included.
         """
-        takeable = self._takeable()
+        claimable = self._claimable()
+        looks = [
+            select(Job.seq).where(which, *claimable).order_by(Job.seq).limit(1) for which in (IS_QUEUED, _abandoned())
+        ]
         with self._database.read() as connection:  # nobody waits for this one, most often
-            if connection.scalar(select(Job.id).where(*takeable).limit(1)) is None:
+            if all(connection.scalar(query) is None for query in looks):
                 return []
+        lost = _lockable().where(_abandoned(), *claimable).order_by(Job.seq).limit(1)
         with self._database.write() as connection:
-            lock_shares(connection, self._database)
-            ids = next_ids(connection, takeable, limit=1)
-            if not ids:
+            first = connection.execute(lost).one_or_none() or lock_first(connection, claimable)
+            if first is None:
                 return []
-            row = connection.execute(select(*_TABLE.c, runs_alone()).where(Job.id == ids[0])).one()
-            first = job_record({column.name: row._mapping[column] for column in _TABLE.c})
-            limit = 1 if row[-1] else most(first)
+            rows, limit = [first], 1 if first.runs_alone else most(_locked_record(first))
             if limit > 1:
-                alike = next_ids(connection, takeable, limit=limit, alike=_alike(first))
-                ids = [first.id, *[job_id for job_id in alike if job_id != first.id]][:limit]
-            return self._take(connection, ids, worker)
+                rows += lock_alike(connection, claimable, _alike(first), limit=limit - 1, first=first)
+            return self._take(connection, rows, worker)
 
     def claim_alike(self, job: JobRecord, *, worker: str, most: int) -> list[Claim]:
         """Take up to ``most`` waiting jobs that can be sampled together with this one."""
         with self._database.write() as connection:
-            lock_shares(connection, self._database)
-            ids = next_ids(connection, self._takeable(), limit=most, alike=_alike(job))
-            return self._take(connection, ids, worker)
+            return self._take(connection, lock_alike(connection, self._claimable(), _alike(job), limit=most), worker)
 
-    def _takeable(self) -> tuple[ColumnElement[bool], ...]:
-        """Jobs that wait, or whose worker has let its lease run out."""
-        waits = or_(
-            Job.status == JobStatus.QUEUED,
-            and_(Job.status == JobStatus.RUNNING, Job.lease_until < database_now()),
-        )
-        return (waits, Job.cancel_requested.is_(False), self._attempts_left())
+    def _claimable(self) -> tuple[ColumnElement[bool], ...]:
+        """What jobs that nobody works on must be, so that they can be claimed."""
+        return (Job.cancel_requested.is_(False), self._attempts_left())
 
-    def _take(self, connection: Connection, ids: Sequence[str], worker: str) -> list[Claim]:
-        if not ids:
+    def _take(self, connection: Connection, locked: Sequence[Any], worker: str) -> list[Claim]:
+        """Claim jobs whose rows the transaction has locked."""
+        if not locked:
             return []
+        order = {row.seq: place for place, row in enumerate(locked)}
         statement = (
             update(_TABLE)
-            .where(Job.id.in_(ids), *self._takeable())
+            .where(Job.seq.in_(list(order)))
             .values(
                 status=JobStatus.RUNNING.value,
                 attempt=Job.attempt + 1,
@@ -397,7 +399,7 @@ class JobRepository:
             )
             .returning(*_TABLE.c)
         )
-        rows = sorted(connection.execute(statement).all(), key=lambda row: ids.index(row.id))
+        rows = sorted(connection.execute(statement).all(), key=lambda row: order[row.seq])
         charge(connection, rows)
         measure_claimed(connection, rows)
         _tell(connection, rows)
@@ -422,6 +424,7 @@ class JobRepository:
             by_steps.setdefault(steps_done, []).append(claim)
         rows: list[Any] = []
         with self._database.write() as connection:
+            _lock_jobs(connection, [job_id for job_id, _ in progress])
             for steps_done, claims in by_steps.items():
                 statement = (
                     update(_TABLE)
@@ -466,6 +469,7 @@ class JobRepository:
         """
         rows: list[Any] = []
         with self._database.write() as connection:
+            _lock_jobs(connection, [job_id for job_id, _, _ in finished])
             for job_id, token, work in finished:
                 statement = (
                     update(_TABLE)
@@ -507,6 +511,7 @@ class JobRepository:
         handed_back = Job.handed_back + (0 if uses_attempt else 1)
         statement = update(_TABLE).where(*_all_held(claims), Job.cancel_requested.is_(False))
         with self._database.write() as connection:
+            _lock_jobs(connection, [job_id for job_id, _ in claims])
             changed = connection.execute(
                 statement.values(handed_back=handed_back, **_waiting()).returning(*_TABLE.c)
             ).all()
@@ -526,8 +531,11 @@ class JobRepository:
     # -- reaper and publishers -------------------------------------------------------------------------------
 
     def sweep_expired(self) -> SweepResult:
-        """Settle every running job whose lease has run out: canceled, failed for good, or waiting again."""
-        expired = and_(Job.status == JobStatus.RUNNING, Job.lease_until < database_now())
+        """Settle every running job whose lease has run out: canceled, failed for good, or waiting again.
+
+        One that somebody is at just now, and may renew or end, is left to the next sweep.
+        """
+        query = select(Job.seq).where(_abandoned()).order_by(Job.seq).limit(_SWEPT_AT_ONCE)
         message = f"The worker was lost {self._max_attempts} times while running this job."
         changes = (
             (Job.cancel_requested.is_(True), _ended(JobStatus.CANCELED, CANCELLED, CANCELLED_MESSAGE)),
@@ -535,6 +543,8 @@ class JobRepository:
             (true(), _waiting()),
         )
         with self._database.write() as connection:
+            seqs = lock_rows(connection, query, skip_locked=True)
+            expired = and_(Job.seq.in_(seqs), Job.status == JobStatus.RUNNING)
             settled = [
                 connection.execute(update(_TABLE).where(expired, which).values(**values).returning(*_TABLE.c)).all()
                 for which, values in changes
@@ -562,9 +572,11 @@ class JobRepository:
         """Record that the broker has been given these ids."""
         ids = list(job_ids)
         if ids:
-            statement = update(Job).where(Job.id.in_(ids), Job.status == JobStatus.QUEUED)
+            query = select(Job.seq).where(Job.id.in_(ids), Job.status == JobStatus.QUEUED).order_by(Job.seq)
             with self._database.write() as connection:
-                connection.execute(statement.values(published_at=database_now()))
+                # one that somebody is at is being claimed, cancelled or marked
+                seqs = lock_rows(connection, query, skip_locked=True)
+                connection.execute(update(Job).where(Job.seq.in_(seqs)).values(published_at=database_now()))
 
     def forget_published(self) -> None:
         """Let all waiting jobs be published again: the broker that was told of them has lost its memory."""
@@ -600,6 +612,7 @@ class JobRepository:
         """
         at_end = (Job.status.in_(_TERMINAL_NAMES), _VISIBLE)
         due = select(Job.seq).where(*at_end, Job.expires_at <= database_now()).order_by(Job.expires_at).limit(limit)
+        due = due.with_for_update(skip_locked=True)
         with self._database.write() as connection:
             if kept_s is not None:
                 unknown = update(Job).where(*at_end, Job.expires_at.is_(None))
@@ -628,14 +641,14 @@ class JobRepository:
         removable = and_(Job.id.in_(job_ids), _HIDDEN, Job.status.in_(_TERMINAL_NAMES))
         with self._database.write() as connection:
             # Locked first: nobody else who forgets the same jobs now may keep their places too.
-            condition = Job.id.in_(connection.scalars(select(Job.id).where(removable).with_for_update()).all())
+            condition = Job.seq.in_(lock_rows(connection, select(Job.seq).where(removable).order_by(Job.seq)))
             places = select(Job.id, Job.tenant, Job.seq, Job.deleted_at).where(condition)
             connection.execute(insert(DeletedJob).from_select(["id", "tenant", "seq", "deleted_at"], places))
             connection.execute(delete(DeletedJob).where(DeletedJob.deleted_at < database_now() - CURSOR_KEPT_S))
             return connection.execute(delete(Job).where(condition)).rowcount
 
     def _waiting_ids(self, condition: ColumnElement[bool], limit: int) -> list[tuple[str, int]]:
-        query = select(Job.id, Job.attempt).where(Job.status == JobStatus.QUEUED, condition)
+        query = select(Job.id, Job.attempt).where(IS_QUEUED, condition)
         with self._database.read() as connection:
             return [(row.id, row.attempt) for row in connection.execute(query.order_by(Job.seq).limit(limit))]
 
@@ -706,13 +719,27 @@ def _held(job_id: str, token: int) -> tuple[ColumnElement[bool], ...]:
     return (Job.id == job_id, Job.status == JobStatus.RUNNING, Job.attempt == token)
 
 
+def _abandoned() -> ColumnElement[bool]:
+    """The lease has run out, and nobody has taken the job over."""
+    return and_(Job.status == JobStatus.RUNNING, Job.lease_until < database_now())
+
+
+def _lockable() -> Select[Any]:
+    """A row that nobody else is at, locked, with ``runs_alone``."""
+    return select(*_TABLE.c, alone().label("runs_alone")).with_for_update(skip_locked=True)
+
+
+def _lock_jobs(connection: Connection, job_ids: Sequence[str]) -> None:
+    lock_rows(connection, select(Job.seq).where(Job.id.in_(job_ids)).order_by(Job.seq))
+
+
 def _all_held(claims: Sequence[tuple[str, int]]) -> tuple[ColumnElement[bool], ...]:
     """As :func:`_held`, for any of these ids and tokens."""
     ids = [job_id for job_id, _ in claims]
     return (Job.id.in_(ids), Job.status == JobStatus.RUNNING, tuple_(Job.id, Job.attempt).in_(list(claims)))
 
 
-def _alike(job: JobRecord) -> dict[str, Any]:
+def _alike(job: Any) -> dict[str, Any]:
     return {column.key: getattr(job, column.key) for column in ALIKE}
 
 
@@ -750,6 +777,10 @@ def log_fields(job: JobRecord) -> dict[str, str | None]:
 def job_record(values: dict[str, Any]) -> JobRecord:
     """The record of a row, given by its columns."""
     return JobRecord(**{**values, "status": JobStatus(values["status"])})
+
+
+def _locked_record(row: Any) -> JobRecord:
+    return job_record({column.name: row._mapping[column] for column in _TABLE.c})
 
 
 def _record(row: Any) -> JobRecord:

@@ -5,25 +5,42 @@ time, and the waiting job of the tenant that is furthest behind comes first. Who
 others are now: nobody saves up time, and nobody who was alone pays for it afterwards. Within a tenant the higher
 priority comes first, then the older job, so no field of a request takes time from another tenant. All of it is in the
 database and decided there, so any number of workers agree.
+
+Workers that choose at the same moment do not wait for each other: each passes over the rows that another has locked
+(SKIP LOCKED) and takes the next ones of the same order. They see the shares as they were before the others' claims, so
+for that moment a tenant may get a batch for each of them; all of it is charged, and evened out by the claims that
+follow. What a claim reads does not grow with the queue: of each tenant the first job, by an index.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, case, func, insert, or_, select, text, update
+from sqlalchemy import ColumnElement, Connection, case, func, or_, select, update
 
-from server.jobs.database import Database
-from server.jobs.model import Job, TenantShare
+from server.jobs.database import insert_if_absent
+from server.jobs.model import IS_QUEUED, Job, TenantShare
 
-__all__ = ["ALIKE", "charge", "cost_of", "lock_shares", "next_ids", "runs_alone"]
+__all__ = ["Candidate", "alone", "charge", "cost_of", "heads", "lock_alike", "lock_first", "places"]
 
-ALIKE = (
-    Job.model, Job.num_frames, Job.height, Job.width, Job.num_inference_steps, Job.guidance_scale, Job.sampler,
-)  # fmt: skip
-"""What jobs must have in common to be sampled as one batch; ``GenerationRequest.shape_key`` and the model."""
-
-_SHARES_LOCK_KEY = 0x6D656474  # any number of our own for pg_advisory_xact_lock
+_TABLE: Any = Job.__table__
+_SHARE: Any = TenantShare.__table__
 _COST: Any = 1e-6 * Job.num_frames * Job.width * Job.height * Job.num_inference_steps
+_OWN_ORDER = (Job.priority.desc(), Job.seq)
+_NOW = func.coalesce(func.max(TenantShare.start_tag), 0.0)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A tenant with jobs that wait, and where it stands."""
+
+    tenant: str
+    start: float
+    """Virtual time at which its next job begins: who has the least is next."""
+    priority: int
+    """Of its first job."""
+    seq: int
+    """Of its first job."""
 
 
 def cost_of(job: Any) -> float:
@@ -31,60 +48,132 @@ def cost_of(job: Any) -> float:
     return 1e-6 * float(job.num_frames * job.width * job.height * job.num_inference_steps)
 
 
-def runs_alone() -> ColumnElement[bool]:
+def alone() -> ColumnElement[bool]:
     """Jobs that share a batch with no other: that asked for it, are made from a source, or lost a worker before."""
     return or_(Job.deterministic.is_(True), Job.source_id.is_not(None), Job.attempt > Job.handed_back)
 
 
-def lock_shares(connection: Connection, database: Database) -> None:
-    """Let one worker choose at a time, else two would choose the same jobs. SQLite has one writer anyway."""
-    if not database.is_sqlite:
-        connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": _SHARES_LOCK_KEY})
-
-
-def next_ids(
-    connection: Connection,
-    takeable: Sequence[ColumnElement[bool]],
-    *,
-    limit: int,
-    alike: Mapping[str, Any] | None = None,
-) -> list[str]:
-    """Ids of the jobs that come next, first the first.
+def heads(
+    connection: Connection, takeable: Sequence[ColumnElement[bool]], alike: Mapping[str, Any] | None = None
+) -> list[Candidate]:
+    """The tenants that have waiting jobs, whose turn it is first.
 
     Args:
         takeable: Conditions of jobs that may be claimed at all.
-        alike: Values of :data:`ALIKE`: only jobs that have them, and that do not run alone.
+        alike: Values of :data:`server.jobs.model.ALIKE`: only jobs that have them, and that do not run alone.
     """
-    own_order = (Job.priority.desc(), Job.seq)
-    before = func.sum(_COST).over(partition_by=Job.tenant, order_by=own_order, rows=(None, 0)) - _COST
-    columns = [Job.id, Job.tenant, Job.priority, Job.seq, before.label("before"), runs_alone().label("alone"), *ALIKE]
-    waiting = select(*columns).where(*takeable).subquery()
-    now = select(func.coalesce(func.max(TenantShare.start_tag), 0.0)).scalar_subquery()
+    wanted = [IS_QUEUED, *takeable, *([] if alike is None else _like(alike))]
+    # Tenants one after the other, each found by the index behind the one before.
+    first = select(Job.tenant).where(IS_QUEUED).order_by(Job.tenant).limit(1).scalar_subquery()
+    tenants = select(first.label("tenant")).cte("tenants", recursive=True)
+    behind = select(Job.tenant).where(IS_QUEUED, Job.tenant > tenants.c.tenant).order_by(Job.tenant).limit(1)
+    tenants = tenants.union_all(
+        select(behind.correlate(tenants).scalar_subquery()).where(tenants.c.tenant.is_not(None))
+    )
+    head = select(Job.seq).where(*wanted, Job.tenant == tenants.c.tenant).order_by(*_OWN_ORDER).limit(1)
+    seqs = select(tenants.c.tenant, head.correlate(tenants).scalar_subquery().label("seq")).subquery()
+    query = (
+        select(seqs.c.tenant, Job.priority, Job.seq, func.coalesce(TenantShare.finish_tag, 0.0).label("finish"))
+        .join(Job, Job.seq == seqs.c.seq)
+        .join(TenantShare, TenantShare.tenant == seqs.c.tenant, isouter=True)
+    )
+    now = float(connection.scalar(select(_NOW)) or 0.0)
+    found = [Candidate(row.tenant, max(now, row.finish), row.priority, row.seq) for row in connection.execute(query)]
+    return sorted(found, key=lambda one: (one.start, -one.priority, one.seq))
+
+
+def lock_first(connection: Connection, takeable: Sequence[ColumnElement[bool]]) -> Any | None:
+    """The row of the job that is next, locked; None: there is none, or others are at all of them."""
+    for candidate in heads(connection, takeable):
+        rows = _lock(connection, candidate.tenant, [IS_QUEUED, *takeable], 1)
+        if rows:
+            return rows[0]
+    return None
+
+
+def lock_alike(
+    connection: Connection,
+    takeable: Sequence[ColumnElement[bool]],
+    alike: Mapping[str, Any],
+    *,
+    limit: int,
+    first: Any | None = None,
+) -> list[Any]:
+    """Rows of the jobs that come next among those that are alike, locked, in their order.
+
+    Args:
+        first: A row that is locked already and counts as its tenant's next one.
+    """
+    taken: list[tuple[float, Any]] = []
+    start = {one.tenant: one.start for one in heads(connection, takeable, alike)}
+    cost = 1e-6 * float(alike["num_frames"] * alike["width"] * alike["height"] * alike["num_inference_steps"])
+    if first is not None and first.tenant in start:
+        start[first.tenant] += cost
+    wanted = [IS_QUEUED, *takeable, *_like(alike)]
+    if first is not None:
+        wanted.append(Job.seq != first.seq)
+    # All of them cost the same, so each round shares the places out, and those who had less than that leave the rest.
+    while start and len(taken) < limit:
+        for tenant, quota in _shares(start, cost, limit - len(taken)).items():
+            have = [row.seq for _, row in taken if row.tenant == tenant]
+            rows = _lock(connection, tenant, [*wanted, Job.seq.not_in(have)], quota)
+            for row in rows:
+                taken.append((start[tenant], row))
+                start[tenant] += cost
+            if len(rows) < quota:
+                del start[tenant]
+    return [row for _, row in sorted(taken, key=lambda one: (one[0], -one[1].priority, one[1].seq))]
+
+
+def _shares(start: Mapping[str, float], cost: float, places: int) -> dict[str, int]:
+    """How many of the next places each tenant gets, where all have jobs enough."""
+    at, quotas = dict(start), dict.fromkeys(start, 0)
+    for _ in range(places):
+        tenant = min(at, key=lambda name: at[name])
+        at[tenant] += cost
+        quotas[tenant] += 1
+    return {tenant: quota for tenant, quota in quotas.items() if quota}
+
+
+def _lock(connection: Connection, tenant: str, wanted: Sequence[ColumnElement[bool]], limit: int) -> list[Any]:
+    query = select(*_TABLE.c, alone().label("runs_alone")).where(*wanted, Job.tenant == tenant)
+    query = query.order_by(*_OWN_ORDER).limit(limit).with_for_update(skip_locked=True)
+    return list(connection.execute(query).all())
+
+
+def _like(alike: Mapping[str, Any]) -> list[ColumnElement[bool]]:
+    return [~alone(), *(_TABLE.c[name] == value for name, value in alike.items())]
+
+
+def places(connection: Connection, waits: Sequence[ColumnElement[bool]], *, limit: int) -> list[str]:
+    """Ids of the jobs that wait, in the order in which they would be claimed one by one."""
+    before = func.sum(_COST).over(partition_by=Job.tenant, order_by=_OWN_ORDER, rows=(None, 0)) - _COST
+    waiting = (
+        select(Job.id, Job.tenant, Job.priority, Job.seq, before.label("before")).where(IS_QUEUED, *waits).subquery()
+    )
+    now = select(_NOW).scalar_subquery()
     finish = func.coalesce(TenantShare.finish_tag, 0.0)
     start = case((finish > now, finish), else_=now) + waiting.c.before
     query = select(waiting.c.id).join(TenantShare, TenantShare.tenant == waiting.c.tenant, isouter=True)
-    if alike is not None:
-        same = [waiting.c[name] == value for name, value in alike.items()]
-        query = query.where(waiting.c.alone.is_(False), *same)
-    query = query.order_by(start, waiting.c.priority.desc(), waiting.c.seq).limit(limit)
-    return list(connection.scalars(query))
+    return list(connection.scalars(query.order_by(start, waiting.c.priority.desc(), waiting.c.seq).limit(limit)))
 
 
 def charge(connection: Connection, jobs: Collection[Any]) -> None:
-    """Move the tenants of jobs that have just been claimed together forward; the first of them was next."""
-    rows = {
-        row.tenant: row.finish_tag
-        for row in connection.execute(select(TenantShare.tenant, TenantShare.finish_tag).with_for_update())
-    }
-    now = connection.scalar(select(func.coalesce(func.max(TenantShare.start_tag), 0.0))) or 0.0
+    """Move the tenants of jobs that have just been claimed together forward; the first of them was next.
+
+    Call it late: nobody else charges these tenants until the transaction is over.
+    """
     costs: dict[str, float] = {}
     for job in jobs:
         costs[job.tenant] = costs.get(job.tenant, 0.0) + cost_of(job)
     first = next(iter(costs), None)
-    for tenant, cost in costs.items():
-        start = max(now, rows.get(tenant, 0.0))
-        values = {"start_tag": start if tenant == first else now, "finish_tag": start + cost}
-        if tenant in rows:
-            connection.execute(update(TenantShare).where(TenantShare.tenant == tenant).values(values))
-        else:
-            connection.execute(insert(TenantShare).values(tenant=tenant, **values))
+    for tenant in sorted(costs):  # in one order: see lock_rows
+        insert_if_absent(connection, _SHARE, {"tenant": tenant, "start_tag": 0.0, "finish_tag": 0.0})
+    now = float(connection.scalar(select(_NOW)) or 0.0)
+    for tenant, cost in sorted(costs.items()):
+        start = case((TenantShare.finish_tag > now, TenantShare.finish_tag), else_=now)
+        begun = start if tenant == first else now
+        statement = update(TenantShare).where(TenantShare.tenant == tenant)
+        # What another worker has charged meanwhile stands: virtual time never goes back.
+        later = case((TenantShare.start_tag > begun, TenantShare.start_tag), else_=begun)
+        connection.execute(statement.values(start_tag=later, finish_tag=start + cost))

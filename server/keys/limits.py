@@ -13,7 +13,7 @@ from sqlalchemy import BigInteger, Connection, Double, Integer, String, delete, 
 from sqlalchemy.orm import Mapped, mapped_column
 
 from server.jobs.database import Database, database_now, insert_if_absent
-from server.jobs.model import Base, Job, JobStatus
+from server.jobs.model import IS_QUEUED, Base, Job
 from server.settings import Settings
 
 __all__ = [
@@ -278,7 +278,7 @@ def _lock_usage(connection: Connection, tenant: str, now: float) -> Any:
 
 
 def _count_queued(connection: Connection, tenant: str) -> int:
-    query = select(func.count()).where(Job.tenant == tenant, Job.status == JobStatus.QUEUED)
+    query = select(func.count()).where(Job.tenant == tenant, IS_QUEUED)
     return connection.scalar(query) or 0
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import and_, delete, func, insert, or_, select, update
 
 from server.idempotency import note_made
-from server.jobs.database import Database, database_now
+from server.jobs.database import Database, database_now, lock_rows
 from server.measures import Measure, Observation, add_observations
 from server.sealing import Sealer, SealError
 from server.settings import SettingsError
@@ -203,15 +203,15 @@ class WebhookRepository:
         )
         given_up = {"state": DeliveryState.FAILED.value, "next_at": None, "problem": _LOST, "secret": None}
         with self._database.write() as connection:
-            number = connection.execute(update(Delivery).where(*lost).values(given_up)).rowcount
+            # what another sender is at, to take it or to settle it, is left to that one
+            seqs = lock_rows(connection, select(Delivery.seq).where(*lost).order_by(Delivery.seq), skip_locked=True)
+            number = connection.execute(update(Delivery).where(Delivery.seq.in_(seqs)).values(given_up)).rowcount
             add_observations(connection, [Observation(DELIVERIES, ("given_up",))] * number)
+            waits = (Delivery.state == DeliveryState.PENDING, Delivery.next_at <= database_now())
+            taken = select(Delivery.seq).where(Delivery.seq.in_(chosen), *waits).order_by(Delivery.seq)
             statement = (
                 update(_DELIVERY)
-                .where(
-                    Delivery.seq.in_(chosen),
-                    Delivery.state == DeliveryState.PENDING,
-                    Delivery.next_at <= database_now(),  # on PostgreSQL another sender may just have taken it
-                )
+                .where(Delivery.seq.in_(lock_rows(connection, taken, skip_locked=True)))
                 .values(
                     attempts=Delivery.attempts + 1,
                     next_at=database_now() + lease_s,

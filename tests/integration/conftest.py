@@ -16,6 +16,7 @@ import httpx
 import openai
 import psutil
 import pytest
+from postgres_cluster import PostgresCluster
 
 from server.jobs.database import Database
 from server.jobs.repository import JobRecord, JobRepository
@@ -104,7 +105,8 @@ class RunningServer:
         self.url = match.group()
         self.http = httpx.Client(base_url=self.url.removesuffix("/v1"), timeout=30.0)
         self.client = openai.OpenAI(base_url=self.url, api_key="any", max_retries=5)
-        self.database = Database(f"sqlite:///{data_dir / 'medsora.db'}")
+        sqlite = f"sqlite:///{data_dir / 'medsora.db'}"
+        self.database = Database(self.variables.get("MEDSORA_DATABASE_URL", sqlite))
         self.repository = JobRepository(self.database, lease_s=3.0, max_attempts=3)
         self.store = ArtifactStore(data_dir / "artifacts")
 
@@ -191,11 +193,16 @@ class RunningServer:
         return [pid for pid in (int(record.id.split(":")[1]) for record in records) if psutil.pid_exists(pid)]
 
     def freeze(self, pid: int) -> None:
-        """Stop a sampling process, but not in the middle of a write: SQLite's lock would be frozen with it."""
+        """Stop a sampling process, but not in the middle of a write: SQLite's lock would be frozen with it.
+
+        PostgreSQL ends the transaction of one that is silent for twenty seconds.
+        """
         while True:
             os.kill(pid, signal.SIGSTOP)
             # One thread hears the signal, and the others go on until it has had its turn.
             wait_until(lambda: set(_thread_states(pid)) == {"T"}, timeout_s=10, what="the stop of all threads")
+            if not self.database.is_sqlite:
+                return
             probe = sqlite3.connect(self.data_dir / "medsora.db", timeout=0.1, isolation_level=None)
             try:
                 probe.execute("BEGIN IMMEDIATE")
@@ -240,6 +247,14 @@ class RunningServer:
 
 
 StartServer = Callable[..., RunningServer]
+
+
+@pytest.fixture(scope="module")
+def postgres_url(postgres_cluster: PostgresCluster) -> Iterator[str]:
+    """An empty database on PostgreSQL."""
+    name = postgres_cluster.create_database(is_empty=True)
+    yield postgres_cluster.url(name)
+    postgres_cluster.drop_database(name)
 
 
 @pytest.fixture

@@ -23,6 +23,14 @@ pytestmark = pytest.mark.integration
 LONG = 250  # steps: a few seconds of the tiny model
 
 
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def server_variables(request: pytest.FixtureRequest) -> dict[str, str]:
+    """What leaves the server whole is done on both databases."""
+    if request.param == "sqlite":
+        return {}
+    return {"MEDSORA_DATABASE_URL": request.getfixturevalue("postgres_url")}
+
+
 def assert_made_once(server: "RunningServer", job_ids: list[str]) -> None:
     """Every job succeeded and has the files of one attempt, that of the video its row names, with the size it names."""
     jobs = [server.job(job_id) for job_id in job_ids]

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from postgres_cluster import PostgresCluster
+from pydantic import SecretStr
 from sqlalchemy import update
 
 from server.app import create_app
@@ -35,6 +37,15 @@ def _clients_are_local(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TestClient.__init__, "__defaults__", ("http://127.0.0.1", *others))
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Where the jobs are kept: each test that uses this runs on both databases."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'jobs.db'}"
+        return
+    yield request.getfixturevalue("postgres_url")
+
+
 @pytest.fixture
 def open_two_apps() -> Callable[[Settings], AbstractContextManager[list[TestClient]]]:
     """Two applications on one database, as two API processes are."""
@@ -52,9 +63,29 @@ def open_two_apps() -> Callable[[Settings], AbstractContextManager[list[TestClie
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
+def postgres_url(postgres_cluster: PostgresCluster) -> Iterator[str]:
+    """A database with the newest schema, for what concerns PostgreSQL alone."""
+    name = postgres_cluster.create_database()
+    yield postgres_cluster.url(name)
+    postgres_cluster.drop_database(name)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A database without a schema."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'new' / 'jobs.db'}"
+        return
+    cluster: PostgresCluster = request.getfixturevalue("postgres_cluster")
+    name = cluster.create_database(is_empty=True)
+    yield cluster.url(name)
+    cluster.drop_database(name)
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
     """A job database with the newest schema."""
-    made = Database(f"sqlite:///{tmp_path / 'jobs.db'}")
+    made = Database(database_url)
     migrate(made)
     yield made
     made.close()
@@ -124,12 +155,19 @@ def finished_work() -> Callable[[str, int], FinishedWork]:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, tiny_checkpoint: Path) -> Settings:
+def settings_database() -> SecretStr | None:
+    """Where applications keep their jobs, SQLite; modules about what is stored run on both (``database_url``)."""
+    return None
+
+
+@pytest.fixture
+def settings(tmp_path: Path, tiny_checkpoint: Path, settings_database: SecretStr | None) -> Settings:
     """Settings of an API without broker or workers."""
     data_dir = tmp_path / "data"
     data_dir.mkdir()
     return Settings(
         data_dir=data_dir,
+        database_url=settings_database,
         redis_url=DEAD_BROKER,
         checkpoints=(str(tiny_checkpoint),),
         max_queued_jobs=5,

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
+from pydantic import SecretStr
 from sqlalchemy import delete, func, select, update
 
 from medsora.checkpoint import write_tiny_checkpoint
@@ -34,6 +35,12 @@ from server.keys.limits import UsageOfDay
 from server.settings import Settings
 
 Finish = Callable[[str, int], FinishedWork]
+
+
+@pytest.fixture
+def settings_database(database_url: str) -> SecretStr:
+    """All of this is done on both databases."""
+    return SecretStr(database_url)
 
 
 class SilentQueue:

@@ -17,6 +17,7 @@ import pytest
 from certificates import Authority
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from fastapi.testclient import TestClient
+from pydantic import SecretStr
 from sqlalchemy import func, select, update
 
 from medsora.errors import VideoError
@@ -45,6 +46,12 @@ from server.worker.signing import check_signature, signer_of
 Finish = Callable[[str, int], FinishedWork]
 Frames = np.ndarray[Any, np.dtype[np.uint8]]
 BODY = {"name": "lungs", "labels": {"covid lung": 6, "regular lung": 4}, "seed": 1}
+
+
+@pytest.fixture
+def settings_database(database_url: str) -> SecretStr:
+    """All of this is done on both databases."""
+    return SecretStr(database_url)
 
 
 class SilentQueue:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from pydantic import SecretStr
 from sqlalchemy import select, update
 
 from server.api.dependencies import Services
@@ -31,6 +32,12 @@ from server.sealing import Sealer
 from server.settings import Settings
 
 PROMPT = {"prompt": "covid-convex"}
+
+
+@pytest.fixture
+def settings_database(database_url: str) -> SecretStr:
+    """All of this is done on both databases."""
+    return SecretStr(database_url)
 
 
 @pytest.fixture

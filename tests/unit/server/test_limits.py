@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from pydantic import SecretStr
 from sqlalchemy import select, update
 from typer.testing import CliRunner
 
@@ -30,6 +31,12 @@ from server.settings import Settings
 
 PROMPT = {"prompt": "covid-convex"}
 A_CLIP = 16 * 32 * 32 / 1e6  # megapixel-frames of a clip of the tiny checkpoint
+
+
+@pytest.fixture
+def settings_database(database_url: str) -> SecretStr:
+    """All of this is done on both databases."""
+    return SecretStr(database_url)
 
 
 @pytest.fixture
@@ -315,7 +322,9 @@ def test_tenants_are_counted_apart(settings: Settings) -> None:
 # -- the command line ------------------------------------------------------------------------------------------
 
 
-def test_limits_from_the_command_line(client: TestClient, settings: Settings) -> None:
+def test_limits_from_the_command_line(client: TestClient, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDSORA_DATABASE_URL", settings.database_address)
+
     def run(*words: str) -> str:
         result = CliRunner().invoke(app, ["keys", "limits", *words, "--data-dir", str(settings.data_dir)])
         assert result.exit_code == 0, result.output
