@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "VideoInfo",
+    "ffv1_writer",
     "fragmented_mp4_writer",
     "from_uint8",
     "iterate_video",
@@ -221,11 +222,25 @@ class _Sink:
 
 
 def write_ffv1(path: Path, frames: Frames, *, fps: float, metadata: Mapping[str, str] | None = None) -> None:
-    """Write lossless FFV1 in Matroska: :func:`read_video` gives back every bit. Any size does.
+    """Write lossless FFV1 in Matroska; see :func:`ffv1_writer`.
+
+    Args:
+        frames: uint8 RGB ``(frames, height, width, 3)``.
+    """
+    height, width = _check_frames(path, frames, fps)
+    with ffv1_writer(path, size=(width, height), fps=fps, metadata=metadata) as write:
+        write(frames)
+
+
+@contextmanager
+def ffv1_writer(
+    path: Path, *, size: tuple[int, int], fps: float, metadata: Mapping[str, str] | None = None
+) -> Iterator[Callable[[Frames], None]]:
+    """Give a function that writes the next frames of lossless FFV1: :func:`read_video` gives back every bit.
 
     Args:
         path: Overwritten when it exists.
-        frames: uint8 RGB ``(frames, height, width, 3)``.
+        size: (width, height) of all frames; any does.
         fps: Frames a second, above 0.
         metadata: Lower-case keys.
 
@@ -233,7 +248,7 @@ def write_ffv1(path: Path, frames: Frames, *, fps: float, metadata: Mapping[str,
         VideoError: The frames or a setting cannot be encoded.
         OSError: The file cannot be written (disk full, no such folder).
     """
-    height, width = _check_frames(path, frames, fps)
+    _check_fps(path, fps)
     tags = _check_metadata(path, metadata)
     container_options = {"fflags": "bitexact"}
     with (
@@ -245,12 +260,18 @@ def write_ffv1(path: Path, frames: Frames, *, fps: float, metadata: Mapping[str,
         options = {"level": "3", "slicecrc": "1", "threads": "1"}
         stream = output.add_stream("ffv1", rate=_rate(path, fps), options=options)
         context = stream.codec_context
-        context.width, context.height, context.pix_fmt = width, height, "bgr0"
-        for index, rgb in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
-            frame = frame.reformat(format="bgr0")  # only moves bytes
-            frame.pts = index
-            output.mux(stream.encode(frame))
+        context.width, context.height = size
+        context.pix_fmt = "bgr0"
+        number = itertools.count()
+
+        def write(frames: Frames) -> None:
+            for rgb in frames:
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
+                frame = frame.reformat(format="bgr0")  # only moves bytes
+                frame.pts = next(number)
+                output.mux(stream.encode(frame))
+
+        yield write
         output.mux(stream.encode())
 
 

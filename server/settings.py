@@ -218,6 +218,11 @@ class Settings(BaseSettings):
         604_800.0, ge=60.0, le=31_536_000.0, description="Seconds for which the log of ended deliveries is kept."
     )
 
+    keep_lossless: bool = Field(
+        True,
+        description="Whether each video is also kept exact to the bit (FFV1), some 5 to 15 times the size of its MP4: "
+        "what variant=lossless and variant=dicom are made from. Clips of datasets have files of their own.",
+    )
     video_kept_s: float | None = Field(
         None,
         ge=60.0,

@@ -1,10 +1,10 @@
 """Finished videos on disk. A name that a client can ask for always holds a whole, checked file.
 
 Files lie in ``<root>/<2 hex digits>/<job id>.<attempt>.mp4``, what is made of a video beside it
-(``<job id>.<attempt>.thumbnail.webp``, ``.spritesheet.jpg``, ``.provenance.json``), and for a while ``.live.mp4``,
-which is followed while a long one is made. While one is written, ``.part`` stands before its last suffix. The attempt
-in the name keeps apart two workers that believe to own one job. This module knows no format: how to write and to check
-a file is handed in.
+(``<job id>.<attempt>.lossless.mkv``, ``.thumbnail.webp``, ``.spritesheet.jpg``, ``.provenance.json``), and for a while
+``.live.mp4``, which is followed while a long one is made. While one is written, ``.part`` stands before its last
+suffix. The attempt in the name keeps apart two workers that believe to own one job. This module knows no format: how to
+write and to check a file is handed in.
 """
 
 import enum
@@ -30,6 +30,8 @@ class Variant(enum.StrEnum):
     SPRITESHEET = "spritesheet"
     PROVENANCE = "provenance"
     """What made it, as JSON."""
+    LOSSLESS = "lossless"
+    """The video, exact to the bit; not of every video."""
 
 
 _SUFFIXES = {
@@ -37,11 +39,13 @@ _SUFFIXES = {
     Variant.THUMBNAIL: ".thumbnail.webp",
     Variant.SPRITESHEET: ".spritesheet.jpg",
     Variant.PROVENANCE: ".provenance.json",
+    Variant.LOSSLESS: ".lossless.mkv",
 }
 _NAME = re.compile(
     r"(?P<stem>(?P<shard>[0-9a-f]{2})/(?P<job>video_[0-9a-f]{32})\.(?P<attempt>[0-9]{1,9}))"
-    r"(?:(?P<part>\.part)?\.mp4|(?P<live>\.live)\.mp4|\.thumbnail(?P<part_t>\.part)?\.webp"
-    r"|\.spritesheet(?P<part_s>\.part)?\.jpg|\.provenance(?P<part_p>\.part)?\.json)"
+    r"(?:(?:\.part)?\.mp4|(?P<live>\.live)\.mp4|\.thumbnail(?:\.part)?\.webp"
+    r"|\.spritesheet(?:\.part)?\.jpg|\.provenance(?:\.part)?\.json"
+    r"|\.lossless(?:\.part)?\.mkv)"
 )
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -120,7 +124,7 @@ class ArtifactStore:
             for variant, (write, check) in files.items():
                 name = _name(job_id, attempt, variant)
                 target = self.root / name
-                partial = target.with_suffix(f".part{target.suffix}")
+                partial = self.partial_path(job_id, attempt, variant)
                 made[partial] = target
                 target.parent.mkdir(parents=True, exist_ok=True)
                 write(partial)
@@ -151,6 +155,15 @@ class ArtifactStore:
         if variant is not Variant.VIDEO:
             name = match["stem"] + _SUFFIXES[variant]
         return self.root / name
+
+    def partial_path(self, job_id: str, attempt: int, variant: Variant) -> Path:
+        """The path that :meth:`write_all` has a file written to, for what is written together with another one.
+
+        Raises:
+            ValueError: Not the id of a job.
+        """
+        target = self.root / _name(job_id, attempt, variant)
+        return target.with_suffix(f".part{target.suffix}")
 
     def live_path(self, job_id: str, attempt: int) -> Path:
         """Where an attempt at a long video writes what can be followed: not whole, nor checked, until it is done.
@@ -203,7 +216,7 @@ class ArtifactStore:
                     name=match.group(),
                     job_id=match["job"],
                     attempt=int(match["attempt"]),
-                    is_partial=any(match[group] is not None for group in ("part", "part_t", "part_s", "part_p")),
+                    is_partial=".part." in entry.name,
                     video=match["stem"] + _SUFFIXES[Variant.VIDEO],
                     is_live=match["live"] is not None,
                     age_s=now - modified,

@@ -1,13 +1,15 @@
 """/v1/videos: OpenAI's video contract."""
 
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, StreamingResponse
+from starlette.background import BackgroundTask
 
-from server.api.dependencies import JobServiceDep, ServicesDep, TenantDep
+from server.api.dependencies import JobServiceDep, Services, ServicesDep, TenantDep
 from server.api.fields import (
     CreateVideoFields,
     EditVideoFields,
@@ -21,7 +23,8 @@ from server.api.fields import (
 from server.api.openapi import error_responses, links, request_body
 from server.api.ranges import check_range
 from server.api.schemas import DeletedVideo, VideoList, VideoObject
-from server.errors import NotFoundError, RequestRefusedError
+from server.conversion import ConversionError, Form, convert
+from server.errors import NotFoundError, RequestRefusedError, UnavailableError
 from server.jobs.repository import JobRecord
 from server.storage import Variant
 
@@ -29,14 +32,19 @@ __all__ = ["router"]
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
+_PIECE_BYTES = 256 * 1024
 _CONTENT_TYPES = ("multipart/form-data", "application/json")
-_MEDIA_TYPES = {
+_MEDIA_TYPES: dict[Variant | Form, tuple[str, str]] = {
     Variant.VIDEO: ("video/mp4", ".mp4"),
     Variant.THUMBNAIL: ("image/webp", ".thumbnail.webp"),
     Variant.SPRITESHEET: ("image/jpeg", ".spritesheet.jpg"),
     Variant.PROVENANCE: ("application/json", ".provenance.json"),
+    Variant.LOSSLESS: ("video/x-matroska", ".lossless.mkv"),
+    Form.PREVIEW: ("image/webp", ".preview.webp"),
+    Form.DICOM: ("application/dicom", ".dcm"),
 }
-"""What is sent -> its type, and how the name of the download ends."""
+"""What is sent, stored or made of what is stored -> its type, and how the name of the download ends."""
+_VARIANTS = [str(variant) for variant in _MEDIA_TYPES]
 _MEDIA: dict[str, Any] = {media_type: {} for media_type, _ in _MEDIA_TYPES.values()}
 
 
@@ -156,7 +164,8 @@ def delete_video(video_id: str, jobs: JobServiceDep, tenant: TenantDep) -> Delet
     responses={
         200: {
             "content": _MEDIA,
-            "description": "MP4, WebP of the middle frame, JPEG of all frames, or JSON of what made them.",
+            "description": "MP4, FFV1 or DICOM; WebP of the middle frame or animated; JPEG of all frames; or JSON of "
+            "what made them.",
         },
         206: {"content": _MEDIA, "description": "The asked-for bytes of it."},
         304: {"description": "The file is the one that the client has."},
@@ -171,41 +180,77 @@ def get_content(
     variant: Annotated[
         str,
         Query(
-            description="What to download: video, thumbnail (WebP), spritesheet (JPEG) or provenance (JSON).",
-            json_schema_extra={"enum": list(Variant)},
+            description="What to download: video (MP4), lossless (FFV1 in Matroska), dicom (multi-frame), preview "
+            "(animated WebP), thumbnail (WebP), spritesheet (JPEG) or provenance (JSON).",
+            json_schema_extra={"enum": _VARIANTS},
         ),
     ] = "video",
 ) -> Response:
-    """Download the video, its thumbnail or its sheet of frames, whole or a range of the bytes.
+    """Download the video in one of its forms, or what is made of it. All but preview and dicom also in parts.
 
     The sheet shows up to 64 frames, evenly spaced, row by row from the top left, in as few columns as make it at
-    least as many tiles wide as high.
+    least as many tiles wide as high; the preview shows the same frames. lossless and dicom are exact to the bit; a
+    server may be set to keep no exact copy, and of clips of datasets there is none: ask for those in the dataset's
+    format.
     """
-    if variant not in list(Variant):
-        message = f"variant: there is no {variant!r}; allowed: {', '.join(Variant)}"
+    if variant not in _VARIANTS:
+        message = f"variant: there is no {variant[:80]!r}; allowed: {', '.join(_VARIANTS)}"
         raise RequestRefusedError(message, param="variant", code="invalid_variant")
-    wanted = Variant(variant)
     job = services.jobs.get_completed(tenant, video_id)
-    sha256 = _sha256(job, wanted)
+    form = Form(variant) if variant in list(Form) else None
+    stored = Variant(variant) if form is None else (Variant.LOSSLESS if form is Form.DICOM else Variant.VIDEO)
+    sha256 = _sha256(job, stored)
     if job.artifact is None or sha256 is None:
         message = f"variant: video {video_id} was made by a version of this server that made no {variant}"
         raise NotFoundError(f"{message}; remix it, or download variant=video", code="content_missing", param="variant")
-    path = services.store.path(job.artifact, wanted)
+    path = services.store.path(job.artifact, stored)
     try:
         stat = path.stat()
     except FileNotFoundError:
-        raise NotFoundError(
-            f"The {variant} file of video {video_id} is missing on the server.",
-            code="content_missing",
-            param="video_id",
-        ) from None
-    etag = f'"{sha256}"'
+        raise _missing(video_id, stored, variant) from None
+    etag = f'"{sha256}"' if form is None else f'"{sha256}-{form}"'
     headers = {"etag": etag, "cache-control": "private, no-cache"}
     if etag in [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]:
         return Response(status_code=304, headers=headers)
+    media_type, ending = _MEDIA_TYPES[stored if form is None else form]
+    filename = f"{video_id}{ending}"
+    if form is not None:
+        return _converted(services, job, path, form, headers, filename)
     check_range(request, stat.st_size)
-    media_type, ending = _MEDIA_TYPES[wanted]
-    return FileResponse(path, stat_result=stat, media_type=media_type, filename=f"{video_id}{ending}", headers=headers)
+    return FileResponse(path, stat_result=stat, media_type=media_type, filename=filename, headers=headers)
+
+
+def _missing(video_id: str, stored: Variant, variant: str) -> NotFoundError:
+    message = f"The {stored} file of video {video_id} is missing on the server."
+    if stored is Variant.LOSSLESS:
+        message = (
+            f"variant: no exact copy of video {video_id} was kept, from which {variant} could be had: the server is "
+            "set so (MEDSORA_KEEP_LOSSLESS), or was older, or it is a clip of a dataset; download variant=video"
+        )
+        return NotFoundError(message, code="content_missing", param="variant")
+    return NotFoundError(message, code="content_missing", param="video_id")
+
+
+def _converted(
+    services: Services, job: JobRecord, path: Path, form: Form, headers: dict[str, str], filename: str
+) -> Response:
+    """A form of a video that is made now."""
+    checkpoint = services.catalogue.get(job.model)
+    modality = "OT" if checkpoint is None else checkpoint.manifest.modality  # DICOM's word for other
+    try:
+        file = convert(form, path, modality=modality, settings=services.settings)
+    except ConversionError as error:
+        raise UnavailableError(f"{error} Download variant=video.", code="conversion_failed") from None
+    headers = {
+        **headers,
+        "accept-ranges": "none",
+        "content-length": str(file.seek(0, 2)),
+        "content-disposition": f'attachment; filename="{filename}"',
+    }
+    file.seek(0)
+    pieces = iter(lambda: file.read(_PIECE_BYTES), b"")
+    closing = BackgroundTask(file.close)
+    return StreamingResponse(pieces, headers=headers, media_type=_MEDIA_TYPES[form][0], background=closing)
 
 
 def _sha256(job: JobRecord, variant: Variant) -> str | None:
@@ -215,4 +260,6 @@ def _sha256(job: JobRecord, variant: Variant) -> str | None:
         return job.spritesheet_sha256
     if variant is Variant.PROVENANCE and job.sha256 is not None:
         return f"{job.sha256}-provenance"  # it is written once, with the video, whose hash it holds
+    if variant is Variant.LOSSLESS and job.sha256 is not None:
+        return f"{job.sha256}-lossless"  # likewise
     return job.sha256

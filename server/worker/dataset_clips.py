@@ -70,8 +70,8 @@ class DatasetClips:
         self._training: dict[Path, TrainingFingerprints] = {}
         self._others: OrderedDict[int, _Others] = OrderedDict()
 
-    def keep(self, claim: Claim, frames: Frames, metadata: Mapping[str, str], *, checkpoint: Path) -> None:
-        """Filter a clip and write its file, if its job is of a dataset; else nothing.
+    def keep(self, claim: Claim, frames: Frames, metadata: Mapping[str, str], *, checkpoint: Path) -> bool:
+        """Filter a clip and write its file, if its job is of a dataset; else nothing. Returns whether it is.
 
         Args:
             frames: uint8 RGB ``(frames, height, width, 3)``.
@@ -86,7 +86,7 @@ class DatasetClips:
         job = claim.job
         order = self._datasets.order_of(job.id)
         if order is None:
-            return
+            return False
         measures = self._measure(order, frames, checkpoint)
         mark = fingerprint(frames)
         least = order.filters["min_distance"]
@@ -124,6 +124,7 @@ class DatasetClips:
         except BaseException:
             self._files.remove(order.dataset_id, job.id, claim.token)
             raise
+        return True
 
     def _write(
         self, order: ClipOrder, claim: Claim, path: Path, frames: Frames, metadata: Mapping[str, str]

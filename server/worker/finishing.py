@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from medsora.errors import BackendError, CheckpointError, MedsoraError
 from medsora.provenance import clip_metadata
 from medsora.request import GenerationRequest
-from medsora.video_io import write_mp4
+from medsora.video_io import write_ffv1, write_mp4
 from server.checkpoints import ServedCheckpoint
 from server.errors import without_folders
 from server.jobs.repository import Claim, FinishedWork, log_fields
@@ -181,7 +181,10 @@ def _store(
     """Write all files of a clip; returns what was written, and the seconds that encoding took."""
     job = claim.job
     checkpoint, _ = runtime.pipeline(job.model)
-    runtime.dataset_clips.keep(claim, frames, metadata, checkpoint=checkpoint.directory)
+    is_of_dataset = runtime.dataset_clips.keep(claim, frames, metadata, checkpoint=checkpoint.directory)
+    variants = list(MADE_OF_FRAMES)
+    if runtime.settings.keep_lossless and not is_of_dataset:  # datasets have formats of their own, exact ones too
+        variants.append(Variant.LOSSLESS)
     encode_s = 0.0
 
     def write(variant: Variant, path: Path) -> None:
@@ -189,13 +192,15 @@ def _store(
         began = time.monotonic()
         if variant is Variant.VIDEO:
             write_mp4(path, frames, fps=job.fps, metadata=metadata)
+        elif variant is Variant.LOSSLESS:
+            write_ffv1(path, frames, fps=job.fps, metadata=metadata)
         elif variant is Variant.THUMBNAIL:
             write_thumbnail(path, frames, metadata=metadata)
         else:
             write_spritesheet(path, frames, metadata=metadata)
         encode_s += time.monotonic() - began
 
-    stored = write_checked(runtime, claim, {variant: partial(write, variant) for variant in MADE_OF_FRAMES})
+    stored = write_checked(runtime, claim, {variant: partial(write, variant) for variant in variants})
     write_origin(runtime, claim, metadata, stored)
     return stored, encode_s
 

@@ -5,7 +5,7 @@ Each piece is encoded as it comes, so that memory does not grow with the length 
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from io import FileIO
@@ -17,7 +17,7 @@ import numpy as np
 from medsora.manifest import Manifest
 from medsora.provenance import clip_metadata
 from medsora.request import GenerationRequest
-from medsora.video_io import fragmented_mp4_writer, mp4_writer
+from medsora.video_io import ffv1_writer, fragmented_mp4_writer, mp4_writer
 from server.checkpoints import ServedCheckpoint
 from server.jobs.repository import Claim, FinishedWork, JobRecord
 from server.sources.model import SourceKind
@@ -103,36 +103,39 @@ def make_in_pieces(
         source=None if source is None else {"kind": job.source_kind or "", "sha256": source.sha256},
     )
     stills = StillFrames(job.num_frames)
+    keeps_lossless = runtime.settings.keep_lossless
     began = time.monotonic()
     made, encode_s = began, 0.0
 
     def write(path: Path) -> None:
         nonlocal made, encode_s
         options: dict[str, Any] = {"size": (job.width, job.height), "fps": job.fps, "metadata": metadata}
+        lossless = runtime.store.partial_path(job.id, claim.token, Variant.LOSSLESS)
         with (
             runtime.store.live_path(job.id, claim.token).open("wb", buffering=0) as live,
             mp4_writer(path, **options) as encode,
             fragmented_mp4_writer(partial(_write_all, live), **options) as encode_live,
+            ffv1_writer(lossless, **options) if keeps_lossless else nullcontext(_discard) as encode_lossless,
         ):
             for piece in make_pieces(pipeline, request, job, frames, on_step=on_step, preview=preview):
                 piece_began = time.monotonic()
                 encode_live(piece)
                 encode(piece)
+                encode_lossless(piece)
                 stills.add(piece)
                 encode_s += time.monotonic() - piece_began
         check()
         made = time.monotonic()
 
+    files: dict[Variant, Callable[[Path], None]] = {
+        Variant.VIDEO: write,
+        Variant.THUMBNAIL: lambda path: write_thumbnail(path, stills.thumbnail, metadata=metadata),
+        Variant.SPRITESHEET: lambda path: write_spritesheet(path, stills.sheet, metadata=metadata),
+    }
+    if keeps_lossless:
+        files[Variant.LOSSLESS] = lambda _: None  # it came with the video
     try:
-        stored = write_checked(
-            runtime,
-            claim,
-            {
-                Variant.VIDEO: write,
-                Variant.THUMBNAIL: lambda path: write_thumbnail(path, stills.thumbnail, metadata=metadata),
-                Variant.SPRITESHEET: lambda path: write_spritesheet(path, stills.sheet, metadata=metadata),
-            },
-        )
+        stored = write_checked(runtime, claim, files)
         write_origin(runtime, claim, metadata, stored)
     except BaseException:
         with suppress(OSError):  # the reaper removes what stays
@@ -148,6 +151,10 @@ def make_in_pieces(
         encode_s=encode_s,
         store_s=time.monotonic() - made,
     )
+
+
+def _discard(frames: Frames) -> None:
+    """In place of a writer."""
 
 
 def _write_all(file: FileIO, content: bytes) -> None:

@@ -18,6 +18,8 @@ from server.worker.stills import read_size
 __all__ = ["MADE_OF_FRAMES", "write_checked", "write_origin"]
 
 MADE_OF_FRAMES = (Variant.VIDEO, Variant.THUMBNAIL, Variant.SPRITESHEET)
+_SIGNED = frozenset(MADE_OF_FRAMES)
+"""There are no C2PA manifests in Matroska and JSON."""
 
 
 def write_checked(
@@ -29,22 +31,22 @@ def write_checked(
         files: Of each variant what writes it.
     """
     job = claim.job
-    signer = signer_of(runtime.settings) if set(files) & set(MADE_OF_FRAMES) else None
+    signer = signer_of(runtime.settings) if _SIGNED & set(files) else None
 
     def write_signed(variant: Variant, path: Path) -> None:
         files[variant](path)
-        if signer is not None:
+        if signer is not None and variant in _SIGNED:
             sign_file(path, signer, title=f"Synthetic {variant.value} {job.id}")
 
     def check(variant: Variant, path: Path) -> None:
         if variant in (Variant.THUMBNAIL, Variant.SPRITESHEET):
             read_size(path)
-        elif variant is Variant.VIDEO:
+        elif variant in (Variant.VIDEO, Variant.LOSSLESS):
             info = probe_video(path)
             if (info.num_frames, info.height, info.width) != (job.num_frames, job.height, job.width):
                 raise VideoError(f"the file holds {info.num_frames} frames of {info.width}x{info.height}")
         check_mark(path)
-        if signer is not None:
+        if signer is not None and variant in _SIGNED:
             check_signature(path)
 
     try:

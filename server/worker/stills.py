@@ -1,4 +1,4 @@
-"""Pictures made from a clip: a thumbnail and a sheet of its frames, each saying that it is synthetic."""
+"""Pictures made from a clip: a thumbnail, a sheet of its frames, one that moves; each says that it is synthetic."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from xml.sax.saxutils import escape
 import numpy as np
 from PIL import Image
 
-__all__ = ["MAX_TILES", "read_size", "sheet_layout", "write_spritesheet", "write_thumbnail"]
+__all__ = ["MAX_TILES", "read_size", "sheet_layout", "write_preview", "write_spritesheet", "write_thumbnail"]
 
 Frames = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -47,6 +47,29 @@ def write_spritesheet(path: Path, frames: Frames, *, metadata: Mapping[str, str]
     for place, tile in enumerate(tiles):
         sheet.paste(tile, (place % columns * width, place // columns * height))
     sheet.save(path, format="JPEG", quality=88, **_marks(metadata))
+
+
+def write_preview(path: Path, frames: Frames, *, fps: float, metadata: Mapping[str, str]) -> None:
+    """Write the clip as an animated WebP that loops, in the clip's own time: the frames of a sheet, of its size.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    shown, _, _ = sheet_layout(len(frames))
+    first, *others = [_scaled(frames[index], _MOST_TILE_PIXELS) for index in shown]
+    ends_ms = [round(1000 * index / fps) for index in [*shown[1:], len(frames)]]
+    durations = [end - start for start, end in zip([0, *ends_ms], ends_ms, strict=False)]
+    first.save(
+        path,
+        format="WEBP",
+        save_all=True,
+        append_images=others,
+        duration=durations,
+        loop=0,
+        quality=85,
+        method=4,
+        **_marks(metadata),
+    )
 
 
 def sheet_layout(num_frames: int) -> tuple[list[int], int, int]:

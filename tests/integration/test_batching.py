@@ -78,7 +78,7 @@ def test_worker_killed_in_a_batch(start_server: "StartServer") -> None:
     for job in jobs:
         assert sorted(name for name in server.files() if job.id in name) == [
             str(job.artifact).removesuffix(".mp4") + ending
-            for ending in (".mp4", ".provenance.json", ".spritesheet.jpg", ".thumbnail.webp")
+            for ending in (".lossless.mkv", ".mp4", ".provenance.json", ".spritesheet.jpg", ".thumbnail.webp")
         ]
 
 

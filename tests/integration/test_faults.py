@@ -37,7 +37,7 @@ def assert_made_once(server: "RunningServer", job_ids: list[str]) -> None:
     assert Counter(job.status.value for job in jobs) == {"succeeded": len(job_ids)}
     for job in jobs:
         assert job.artifact is not None
-        endings = (".mp4", ".provenance.json", ".spritesheet.jpg", ".thumbnail.webp")
+        endings = (".lossless.mkv", ".mp4", ".provenance.json", ".spritesheet.jpg", ".thumbnail.webp")
         made = [job.artifact.removesuffix(".mp4") + ending for ending in endings]
         assert sorted(name for name in server.files() if job.id in name) == made
         assert server.store.path(job.artifact).stat().st_size == job.size_bytes

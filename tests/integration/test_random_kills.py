@@ -26,7 +26,7 @@ KILLS = {"sampling process": 12, "worker": 7, "redis-server": 30, "api": 21, "re
 CLIENTS = 8
 WAITING = 12
 """Jobs that wait before clients hold back: enough that there is always work, few enough to be made at the end."""
-ENDINGS = (".mp4", ".provenance.json", ".spritesheet.jpg", ".thumbnail.webp")
+ENDINGS = (".lossless.mkv", ".mp4", ".provenance.json", ".spritesheet.jpg", ".thumbnail.webp")
 
 
 class Clients:

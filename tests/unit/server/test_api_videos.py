@@ -279,6 +279,20 @@ def test_other_variants_are_refused(client: TestClient) -> None:
     assert "allowed: video, thumbnail, spritesheet" in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("variant", ["lossless", "dicom"])
+def test_exact_copies_that_were_not_kept(client: TestClient, variant: str) -> None:
+    response = client.get(f"/v1/videos/{complete(client, stills=False)}/content", params={"variant": variant})
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (404, "content_missing", "variant")
+    assert "MEDSORA_KEEP_LOSSLESS" in error["message"]
+
+
+@pytest.mark.parametrize("variant", ["preview", "dicom"])
+def test_a_damaged_video_cannot_be_converted(client: TestClient, variant: str) -> None:
+    response = client.get(f"/v1/videos/{complete(client)}/content", params={"variant": variant})
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "conversion_failed")
+
+
 def remix(client: TestClient, video_id: str, kind: str = "json", **fields: Any) -> Any:
     options = {"json": fields} if kind == "json" else {"files": {name: (None, text) for name, text in fields.items()}}
     return client.post(f"/v1/videos/{video_id}/remix", **options)  # type: ignore[arg-type]

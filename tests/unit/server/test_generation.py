@@ -25,7 +25,7 @@ from medsora.errors import BackendError, CheckpointError, VideoError
 from medsora.files import sha256_of
 from medsora.provenance import SYNTHETIC_NOTE
 from medsora.request import GenerationRequest
-from medsora.video_io import probe_video
+from medsora.video_io import probe_video, read_video
 from server.checkpoints import Catalogue
 from server.datasets.files import DatasetFiles
 from server.datasets.repository import DatasetRepository
@@ -114,7 +114,7 @@ class Bench:
 
 def files_of(job_id: str, attempt: int) -> list[str]:
     """Names of all that is made of one clip."""
-    endings = ("mp4", "provenance.json", "spritesheet.jpg", "thumbnail.webp")
+    endings = ("lossless.mkv", "mp4", "provenance.json", "spritesheet.jpg", "thumbnail.webp")
     return [f"{job_id}.{attempt}.{ending}" for ending in endings]
 
 
@@ -159,6 +159,22 @@ def test_stills_are_made_with_the_video_and_say_what_they_are(bench: Bench, add_
             packet = image.info["xmp"].decode()
         assert "digitalsourcetype/trainedAlgorithmicMedia" in packet
         assert '"seed": 99' in packet
+
+
+def test_an_exact_copy_is_kept_where_that_is_set(bench: Bench, add_job: AddJob) -> None:
+    kept = bench.run(add_job(seed=99))
+    assert kept.artifact is not None
+    exact, fps = read_video(bench.store.path(kept.artifact, Variant.LOSSLESS))
+    shown, _ = read_video(bench.store.path(kept.artifact))
+    assert (exact.shape, fps) == ((16, 32, 32, 3), 8.0)
+    assert np.abs(exact.astype(int) - shown).mean() < 4
+    origin = json.loads(bench.store.path(kept.artifact, Variant.PROVENANCE).read_text())
+    assert set(origin["files"]) == {"video", "thumbnail", "spritesheet", "lossless"}
+    bench.runtime.settings = bench.runtime.settings.model_copy(update={"keep_lossless": False})
+    bare = bench.run(add_job(seed=99))
+    assert bare.artifact is not None
+    assert bare.sha256 == kept.sha256
+    assert not bench.store.path(bare.artifact, Variant.LOSSLESS).exists()
 
 
 def test_still_that_cannot_be_made_fails_the_job_and_leaves_nothing(

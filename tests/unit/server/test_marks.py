@@ -7,12 +7,14 @@ from typing import Any
 
 import av
 import numpy as np
+import pydicom
 import pytest
 from c2pa import Reader
 from certificates import Authority
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from PIL import Image
 
+from medsora.clip_files import write_clip
 from medsora.errors import VideoError
 from medsora.provenance import SYNTHETIC_NOTE, clip_metadata
 from medsora.request import GenerationRequest
@@ -20,7 +22,7 @@ from medsora.video_io import probe_video, write_ffv1, write_mp4
 from server.settings import Settings, SettingsError
 from server.worker.marks import check_mark
 from server.worker.signing import check_signature, sign_file, signer_of
-from server.worker.stills import write_spritesheet, write_thumbnail
+from server.worker.stills import write_preview, write_spritesheet, write_thumbnail
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (16, 64, 64, 3), dtype=np.uint8)
 REQUEST = GenerationRequest(
@@ -28,7 +30,7 @@ REQUEST = GenerationRequest(
     sampler="euler",
 )  # fmt: skip
 METADATA = clip_metadata(REQUEST, model="tiny", model_sha256="0" * 64)
-NAMES = ("clip.mp4", "clip.mkv", "still.webp", "sheet.jpg")
+NAMES = ("clip.mp4", "clip.mkv", "clip.dcm", "preview.webp", "still.webp", "sheet.jpg")
 
 
 @pytest.fixture
@@ -36,6 +38,8 @@ def files(tmp_path: Path) -> dict[str, Path]:
     paths = {name: tmp_path / name for name in NAMES}
     write_mp4(paths["clip.mp4"], FRAMES, fps=8.0, metadata=METADATA)
     write_ffv1(paths["clip.mkv"], FRAMES, fps=8.0, metadata=METADATA)
+    write_clip(paths["clip.dcm"], FRAMES, clip_format="dicom", fps=8.0, metadata=METADATA, modality="US")
+    write_preview(paths["preview.webp"], FRAMES, fps=8.0, metadata=METADATA)
     write_thumbnail(paths["still.webp"], FRAMES, metadata=METADATA)
     write_spritesheet(paths["sheet.jpg"], FRAMES, metadata=METADATA)
     return paths
@@ -72,7 +76,15 @@ def test_video_that_lost_its_mark(files: dict[str, Path], tmp_path: Path, name: 
         check_mark(bare)
 
 
-@pytest.mark.parametrize("name", ["still.webp", "sheet.jpg"])
+def test_dicom_that_lost_its_mark(files: dict[str, Path]) -> None:
+    with_mark = pydicom.dcmread(files["clip.dcm"])
+    with_mark.SyntheticData = "NO"
+    with_mark.save_as(files["clip.dcm"])
+    with pytest.raises(VideoError, match="does not say"):
+        check_mark(files["clip.dcm"])
+
+
+@pytest.mark.parametrize("name", ["preview.webp", "still.webp", "sheet.jpg"])
 def test_picture_that_lost_its_mark(files: dict[str, Path], name: str) -> None:
     with Image.open(files[name]) as image:
         image.load()
@@ -100,7 +112,7 @@ def test_marks_that_say_something_else(tmp_path: Path, comment: str) -> None:
         check_mark(path)
 
 
-@pytest.mark.parametrize("name", ["clip.mp4", "still.webp", "sheet.jpg"])
+@pytest.mark.parametrize("name", ["clip.mp4", "preview.webp", "still.webp", "sheet.jpg"])
 def test_signed_files_are_valid_under_the_reference_reader(
     files: dict[str, Path], signing: Settings, name: str
 ) -> None:

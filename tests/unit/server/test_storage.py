@@ -125,12 +125,17 @@ def test_stills_lie_beside_their_video_and_go_with_it(store: ArtifactStore) -> N
     job_id, other = new_job_id(), new_job_id()
     seen: list[str] = []
     video = store.write(job_id, 1, write_bytes(b"v"), accept).name
-    for variant in (Variant.THUMBNAIL, Variant.SPRITESHEET):
+    for variant in (Variant.THUMBNAIL, Variant.SPRITESHEET, Variant.LOSSLESS):
         name = store.write(
             job_id, 1, write_bytes(b"x"), lambda path: seen.append(path.name) or accept(path), variant=variant
         ).name
         assert store.path(video, variant) == store.path(name)
-    assert seen == [f"{job_id}.1.thumbnail.part.webp", f"{job_id}.1.spritesheet.part.jpg"]
+    assert seen == [
+        f"{job_id}.1.thumbnail.part.webp",
+        f"{job_id}.1.spritesheet.part.jpg",
+        f"{job_id}.1.lossless.part.mkv",
+    ]
+    assert store.partial_path(job_id, 1, Variant.LOSSLESS).name == seen[2]
     store.path(video, Variant.THUMBNAIL).with_name(seen[0]).write_bytes(b"half")
     assert {file.video for file in store.files()} == {video}
     assert [file.is_partial for file in store.files()].count(True) == 1
