@@ -13,7 +13,7 @@ from server.api import batches as batches_api
 from server.api import datasets as datasets_api
 from server.api import events as events_api
 from server.api import files as files_api
-from server.api import health, live, models, usage, videos
+from server.api import health, live, models, playground, usage, videos
 from server.api import webhooks as webhooks_api
 from server.api.access import AccessControl, get_caller
 from server.api.dependencies import Services
@@ -174,6 +174,8 @@ def create_app(settings: Settings) -> FastAPI:
     for part in (events_api, videos, live, files_api, batches_api, datasets_api, webhooks_api, models, usage):
         app.include_router(part.router, dependencies=[Depends(get_caller)], responses=error_responses(401, 403, 429))
     app.include_router(health.router)
+    if settings.playground:
+        app.include_router(playground.make_router())
     labels = [label.name for label in catalogue.default.manifest.labels]
     install_openapi(app, labels=labels, models=list(catalogue.names))
     return app

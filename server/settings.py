@@ -223,6 +223,7 @@ class Settings(BaseSettings):
         description="Whether each video is also kept exact to the bit (FFV1), some 5 to 15 times the size of its MP4: "
         "what variant=lossless and variant=dicom are made from. Clips of datasets have files of their own.",
     )
+    playground: bool = Field(True, description="Whether the API serves the playground, a page for browsers, at /.")
     video_kept_s: float | None = Field(
         None,
         ge=60.0,

@@ -5,9 +5,11 @@ set -eu
 
 # One a line, with what it is for.
 packages="
+chromium
 dicom3tools
 postgresql
 "
+# chromium     opens the playground: tests/browser
 # dicom3tools  dciodvfy, which checks DICOM files: tests/unit/medsora/test_clip_files.py
 # postgresql   the job database: tests/postgres_cluster.py
 

@@ -43,8 +43,8 @@ def test_the_contracts_are_the_designs() -> None:
     assert layers["layers"] == ["server | training", "medsora"]
     assert {"fastapi", "celery", "redis", "sqlalchemy"} <= set(medsora["forbidden_modules"])
     assert set(http["source_modules"]) == {
-        "server.api", "server.app", "server.batch_runner", "server.batches", "server.dataset_runner",
-        "server.datasets", "server.events", "server.files",
+        "server.api", "server.app", "server.batch_runner", "server.batches", "server.conversion",
+        "server.dataset_runner", "server.datasets", "server.events", "server.files",
         "server.idempotency", "server.jobs", "server.keys", "server.settings", "server.webhooks",
     }  # fmt: skip
     assert {"torch", "server.worker"} <= set(http["forbidden_modules"])
