@@ -5,7 +5,7 @@ The parts are imported by the command that runs them, so that ``--help`` needs n
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -204,6 +204,37 @@ def reaper() -> None:
         queue.close()
         database.close()
         stop_tracing()
+
+
+@app.command()
+def health(
+    part: Annotated[Literal["api", "worker", "reaper"], typer.Argument(help="Which part of this host to ask about.")],
+) -> None:
+    """Ask whether a part does its work; says what is wrong, and ends with status 1. For health checks."""
+    settings = _settings()
+    from server import healthcheck
+
+    check = {
+        "api": healthcheck.api_problem,
+        "worker": healthcheck.worker_problem,
+        "reaper": healthcheck.reaper_problem,
+    }[part]
+    problem = check(settings)
+    if problem is not None:
+        typer.echo(problem, err=True)
+        raise typer.Exit(1)
+
+
+@app.command("settings")
+def print_settings(
+    form: Annotated[
+        Literal["markdown", "env"], typer.Option(help="A page, or lines for a file of environment variables.")
+    ] = "markdown",
+) -> None:
+    """Print all settings with their defaults, bounds and meaning."""
+    from server.settings_reference import env_lines, markdown_page
+
+    typer.echo(markdown_page() if form == "markdown" else env_lines(), nl=False)
 
 
 def _settings(**overrides: object) -> "Settings":

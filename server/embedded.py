@@ -28,7 +28,7 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from server.checkpoints import Catalogue
 from server.jobs.database import Database, migrate
 from server.jobs.repository import JobRepository
-from server.settings import Settings
+from server.settings import Settings, secret_files
 
 __all__ = ["ServeError", "Supervisor", "find_redis_server"]
 
@@ -188,7 +188,8 @@ class Supervisor:
         settings = self._settings
         # -P keeps the current folder out of the children's path: it may hold another package called `server`.
         command = [sys.executable, "-P", "-m", "server.cli"]
-        environment = {**os.environ, **settings.environment(), "PYTHONPATH": _python_path()}
+        inherited = {name: value for name, value in os.environ.items() if name not in secret_files()}
+        environment = {**inherited, **settings.environment(), "PYTHONPATH": _python_path()}
         if socket_folder is not None:
             redis_socket = socket_folder / "redis.sock"
             environment["MEDSORA_REDIS_URL"] = f"redis+socket://{redis_socket}"

@@ -11,15 +11,29 @@ import os
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
+from urllib.parse import quote, urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-__all__ = ["ENV_PREFIX", "Settings", "SettingsError", "get_settings", "is_sealing_key", "trace_service"]
+__all__ = [
+    "ENV_PREFIX",
+    "FILE_SUFFIX",
+    "Settings",
+    "SettingsError",
+    "get_settings",
+    "is_sealing_key",
+    "secret_files",
+    "trace_service",
+]
 
 ENV_PREFIX = "MEDSORA_"
+FILE_SUFFIX = "_FILE"
+"""``MEDSORA_X_FILE`` names a file whose text is the value of the secret setting ``MEDSORA_X``."""
 _MIB = 2**20
+_LEAST_PASSWORD_CHARACTERS = 16
+_PLACEHOLDERS = ("changeme", "change-me", "change_me", "password", "placeholder")
 
 
 class SettingsError(ValueError):
@@ -42,9 +56,15 @@ class Settings(BaseSettings):
         None,
         description="SQLAlchemy URL of the job database (sqlite or postgresql). None: SQLite in data_dir.",
     )
+    database_password: SecretStr | None = Field(
+        None, description="Password for database_url, which then names none: at least 16 characters."
+    )
     redis_url: SecretStr | None = Field(
         None,
         description="URL of the Redis broker, e.g. redis://host:6379/0. None: `serve` starts its own.",
+    )
+    redis_password: SecretStr | None = Field(
+        None, description="Password for redis_url, which then names none: at least 16 characters."
     )
     host: str = Field("127.0.0.1", min_length=1, description="Address that the API listens on.")
     port: int = Field(8000, ge=0, le=65535, description="TCP port of the API; 0 takes a free one.")
@@ -321,8 +341,27 @@ class Settings(BaseSettings):
             raise ValueError("must start with sqlite:/// or postgresql")
         return value
 
+    @field_validator("redis_password", "database_password")
+    @classmethod
+    def _check_password(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            text = value.get_secret_value()
+            if len(text) < _LEAST_PASSWORD_CHARACTERS:
+                raise ValueError(f"must have at least {_LEAST_PASSWORD_CHARACTERS} characters, has {len(text)}")
+            if any(word in text.lower() for word in _PLACEHOLDERS):
+                raise ValueError(f"is a placeholder (contains one of {', '.join(_PLACEHOLDERS)}); make a random one")
+        return value
+
     @model_validator(mode="after")
     def _check_relations(self) -> "Settings":
+        for name in ("redis", "database"):
+            url, password = getattr(self, f"{name}_url"), getattr(self, f"{name}_password")
+            if password is None:
+                continue
+            if url is None:
+                raise ValueError(f"{name}_password needs a {name}_url")
+            if _url_password(url.get_secret_value()) is not None:
+                raise ValueError(f"{name}_password is set, and {name}_url names a password, too")
         if self.heartbeat_s > self.lease_s / 2:
             raise ValueError(f"heartbeat_s ({self.heartbeat_s:g}) must be at most half of lease_s ({self.lease_s:g})")
         if (self.c2pa_certificate is None) != (self.c2pa_private_key is None):
@@ -333,7 +372,7 @@ class Settings(BaseSettings):
     def database_address(self) -> str:
         """SQLAlchemy URL of the database, password included."""
         if self.database_url is not None:
-            return self.database_url.get_secret_value()
+            return _with_password(self.database_url, self.database_password)
         return f"sqlite:///{self.data_dir.resolve() / 'medsora.db'}"
 
     @property
@@ -369,7 +408,7 @@ class Settings(BaseSettings):
         """
         if self.redis_url is None:
             raise SettingsError(f"{ENV_PREFIX}REDIS_URL is not set; set it, or run `medsora-server serve`")
-        return self.redis_url.get_secret_value()
+        return _with_password(self.redis_url, self.redis_password)
 
     def environment(self) -> dict[str, str]:
         """The ``MEDSORA_*`` variables that give a child process these same settings."""
@@ -404,7 +443,7 @@ def check_environment(environment: Mapping[str, str]) -> None:
     Raises:
         SettingsError: Names every unknown variable, and the nearest known one where there is any.
     """
-    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields} | set(secret_files())
     problems = []
     for variable in sorted(environment):
         if variable.upper().startswith(ENV_PREFIX) and variable.upper() not in known:
@@ -415,20 +454,62 @@ def check_environment(environment: Mapping[str, str]) -> None:
 
 
 def load_settings(**overrides: Any) -> Settings:
-    """Read the environment; ``overrides`` (None is left out) win over it.
+    """Read the environment, and the files that it names; ``overrides`` (None is left out) win over it.
 
     Raises:
-        SettingsError: An unknown variable, or a bad value; the message names each.
+        SettingsError: An unknown variable, a bad value, or a file that cannot be read; the message names each.
     """
     check_environment(os.environ)
+    given = {**_read_secret_files(os.environ), **overrides}
     try:
-        return Settings(**{name: value for name, value in overrides.items() if value is not None})
+        return Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         lines = []
         for problem in error.errors(include_input=False, include_url=False):
             name = str(problem["loc"][0]) if problem["loc"] else ""
             lines.append(f"{ENV_PREFIX}{name.upper()}: {problem['msg']}" if name else problem["msg"])
         raise SettingsError("; ".join(lines)) from None
+
+
+def secret_files() -> dict[str, str]:
+    """Settings that may come from a file, by the variable that names it."""
+    return {
+        ENV_PREFIX + name.upper() + FILE_SUFFIX: name
+        for name, field in Settings.model_fields.items()
+        if SecretStr in (field.annotation, *get_args(field.annotation))
+    }
+
+
+def _read_secret_files(environment: Mapping[str, str]) -> dict[str, str]:
+    values = {}
+    for variable, name in secret_files().items():
+        path = environment.get(variable)
+        if not path:
+            continue
+        if environment.get(ENV_PREFIX + name.upper()):
+            raise SettingsError(f"{variable} and {ENV_PREFIX}{name.upper()} are both set; set one of them")
+        try:
+            values[name] = Path(path).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"{variable}: cannot read {path}: {error}") from None
+        if not values[name]:
+            raise SettingsError(f"{variable}: {path} is empty")
+    return values
+
+
+def _url_password(url: str) -> str | None:
+    return urlsplit(url).password or None
+
+
+def _with_password(url: SecretStr, password: SecretStr | None) -> str:
+    """The URL, with the password in its place."""
+    text = url.get_secret_value()
+    if password is None:
+        return text
+    scheme, _, rest = text.partition("://")
+    authority, slash, path = rest.partition("/")
+    user, _, address = authority.rpartition("@")
+    return f"{scheme}://{user.removesuffix(':')}:{quote(password.get_secret_value(), safe='')}@{address}{slash}{path}"
 
 
 def trace_service() -> str | None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from server.settings import Settings, SettingsError, load_settings
 
@@ -96,3 +96,52 @@ def test_environment_gives_a_child_the_same_settings(monkeypatch: pytest.MonkeyP
 def test_keywords_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEDSORA_PORT", "1234")
     assert load_settings(port=4321, host=None).port == 4321
+
+
+def test_secrets_come_from_files_and_go_into_their_urls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "redis").write_text("p/w:with@signs-1234\n")
+    (tmp_path / "database").write_text("another-one-of-length\n")
+    monkeypatch.setenv("MEDSORA_REDIS_URL", "redis://medsora@redis:6379/0")
+    monkeypatch.setenv("MEDSORA_REDIS_PASSWORD_FILE", str(tmp_path / "redis"))
+    monkeypatch.setenv("MEDSORA_DATABASE_URL", "postgresql+psycopg://medsora@postgres/medsora?connect_timeout=3")
+    monkeypatch.setenv("MEDSORA_DATABASE_PASSWORD_FILE", str(tmp_path / "database"))
+    settings = load_settings()
+    assert settings.broker_address() == "redis://medsora:p%2Fw%3Awith%40signs-1234@redis:6379/0"
+    assert settings.database_address == (
+        "postgresql+psycopg://medsora:another-one-of-length@postgres/medsora?connect_timeout=3"
+    )
+    assert "signs" not in repr(settings)
+
+
+def test_a_url_without_a_user_gets_its_password_too() -> None:
+    settings = Settings(redis_url=SecretStr("redis://redis/0"), redis_password=SecretStr("sixteen-characters"))
+    assert settings.broker_address() == "redis://:sixteen-characters@redis/0"
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"MEDSORA_REDIS_PASSWORD": "short"}, "MEDSORA_REDIS_PASSWORD: .*at least 16 characters, has 5"),
+        ({"MEDSORA_DATABASE_PASSWORD": "my-changeme-password"}, "MEDSORA_DATABASE_PASSWORD: .*placeholder"),
+        ({"MEDSORA_REDIS_PASSWORD": "sixteen-characters"}, "redis_password needs a redis_url"),
+        (
+            {"MEDSORA_REDIS_PASSWORD": "sixteen-characters", "MEDSORA_REDIS_URL": "redis://:other@host"},
+            "redis_url names a password, too",
+        ),
+        ({"MEDSORA_REDIS_PASSWORD_FILE": "/nowhere/at/all"}, "MEDSORA_REDIS_PASSWORD_FILE: cannot read /nowhere"),
+        ({"MEDSORA_REDIS_PASSWORD_FILE": "/dev/null"}, "MEDSORA_REDIS_PASSWORD_FILE: /dev/null is empty"),
+        (
+            {"MEDSORA_REDIS_PASSWORD_FILE": "/dev/null", "MEDSORA_REDIS_PASSWORD": "sixteen-characters"},
+            "are both set",
+        ),
+        ({"MEDSORA_PORT_FILE": "/dev/null"}, "unknown environment variables: MEDSORA_PORT_FILE"),
+    ],
+)
+def test_passwords_that_are_none_are_refused(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=message) as caught:
+        load_settings()
+    assert "sixteen" not in str(caught.value)
