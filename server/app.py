@@ -40,6 +40,7 @@ from server.jobs.service import JobService
 from server.jobs.workers import WorkerRegistry
 from server.keys.limits import Limits, RequestLimiter, TenantLimits
 from server.keys.repository import KeyRepository
+from server.objects import objects_of
 from server.observability import HttpMetrics, RequestMiddleware
 from server.sealing import Sealer
 from server.settings import Settings
@@ -77,7 +78,7 @@ def create_app(settings: Settings) -> FastAPI:
         repository = JobRepository(
             database, lease_s=settings.lease_s, max_attempts=settings.max_attempts, limits=limits
         )
-        store = ArtifactStore(settings.artifacts_dir)
+        store = ArtifactStore(objects_of(settings, "artifacts"))
         files = FileRepository(database)
         sealer = Sealer(settings)
         sealer.load()
@@ -97,7 +98,9 @@ def create_app(settings: Settings) -> FastAPI:
         follower = Follower(
             events, repository, interval_s=settings.events_interval_s, max_streams=settings.max_event_streams
         )
-        file_service = FileService(files, FileStore(settings.files_dir), min_free_bytes=settings.min_free_bytes)
+        file_service = FileService(
+            files, FileStore(objects_of(settings, "files")), min_free_bytes=settings.min_free_bytes
+        )
         app.state.services = Services(
             settings=settings,
             database=database,
@@ -106,7 +109,7 @@ def create_app(settings: Settings) -> FastAPI:
             jobs=jobs,
             sources=SourceService(
                 SourceRepository(database),
-                FileStore(settings.sources_dir),
+                FileStore(objects_of(settings, "sources")),
                 jobs=jobs,
                 files=file_service,
                 artifacts=store,
@@ -120,7 +123,7 @@ def create_app(settings: Settings) -> FastAPI:
             ),
             datasets=DatasetService(
                 DatasetRepository(database, lease_s=settings.lease_s, limits=limits),
-                DatasetFiles(settings.datasets_dir),
+                DatasetFiles(objects_of(settings, "datasets")),
                 jobs=jobs,
                 catalogue=catalogue,
                 store=store,

@@ -42,6 +42,7 @@ from server.jobs.queue import JobQueue
 from server.jobs.repository import JobRepository
 from server.jobs.service import JobService
 from server.keys.limits import Limits
+from server.objects import objects_of
 from server.sealing import Sealer
 from server.settings import Settings
 from server.sources.repository import SourceRepository
@@ -104,7 +105,7 @@ class BatchRunner(BulkRunner):
 
     def remove_orphans(self, *, older_than_s: float) -> int:
         """Remove files that no row names and that nobody has written to for a while; returns their number."""
-        removed = 0
+        removed = self._store.objects.sweep_unfinished(older_than_s=24 * older_than_s)
         old = (file for file in self._store.files() if file.age_s > older_than_s)
         while batch := list(itertools.islice(old, _REMOVE_FILES)):
             removed += self._remove_unknown(batch)
@@ -114,8 +115,8 @@ class BatchRunner(BulkRunner):
         known = self._files.known([file.file_id for file in files])
         removed = 0
         for file in files:
-            if file.file_id not in known or file.path.name != file.file_id:
-                file.path.unlink(missing_ok=True)
+            if file.file_id not in known or file.is_partial:
+                self._store.discard(file)
                 removed += 1
         return removed
 
@@ -142,7 +143,7 @@ class BatchRunner(BulkRunner):
     def _validate(self, claim: BatchClaim) -> bool:
         batch = claim.batch
         try:
-            file = self._store.path(batch.input_file_id).open("rb")
+            file = self._store.open(batch.input_file_id)
         except FileNotFoundError:
             self._batches.end_validation(claim, [_problem("input_file_missing", "The input file is gone.")])
             return True
@@ -242,7 +243,7 @@ class BatchRunner(BulkRunner):
     def _resolve(self, batch: BatchRecord, lines: Sequence[PendingLine]) -> list[SubmittedLine]:
         """What becomes of these lines; ends early where the server can take no more at the moment."""
         resolved = []
-        with self._store.path(batch.input_file_id).open("rb") as file:
+        with self._store.open(batch.input_file_id) as file:
             for line in lines:
                 file.seek(line.begin)
                 try:
@@ -318,8 +319,8 @@ class BatchRunner(BulkRunner):
 def make_batch_runner(settings: Settings, *, database: Database, catalogue: Catalogue, queue: JobQueue) -> BatchRunner:
     """A runner on one database and data folder."""
     repository = JobRepository(database, lease_s=settings.lease_s, max_attempts=settings.max_attempts)
-    files, store = FileRepository(database), FileStore(settings.files_dir)
-    artifacts = ArtifactStore(settings.artifacts_dir)
+    files, store = FileRepository(database), FileStore(objects_of(settings, "files"))
+    artifacts = ArtifactStore(objects_of(settings, "artifacts"))
     jobs = JobService(
         repository,
         catalogue,
@@ -332,7 +333,7 @@ def make_batch_runner(settings: Settings, *, database: Database, catalogue: Cata
     )
     sources = SourceService(
         SourceRepository(database),
-        FileStore(settings.sources_dir),
+        FileStore(objects_of(settings, "sources")),
         jobs=jobs,
         files=FileService(files, store, min_free_bytes=settings.min_free_bytes),
         artifacts=artifacts,

@@ -61,6 +61,7 @@ def api(
 ) -> None:
     """Serve HTTP. Needs MEDSORA_REDIS_URL, and workers elsewhere that share database and data folder."""
     settings = _settings(host=host, port=port)
+    import math
     import socket
     from types import FrameType
 
@@ -87,7 +88,7 @@ def api(
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=max(5, math.ceil(settings.drain_s)),
         h11_max_incomplete_event_size=64 * 1024,
     )
 
@@ -150,6 +151,7 @@ def reaper() -> None:
     from server.jobs.repository import JobRepository
     from server.jobs.workers import WorkerRegistry
     from server.logs import configure_logging
+    from server.objects import objects_of
     from server.reaper import Reaper
     from server.sealing import Sealer
     from server.settings import SettingsError
@@ -172,7 +174,7 @@ def reaper() -> None:
     database = Database(settings.database_address)
     migrate(database)
     repository = JobRepository(database, lease_s=settings.lease_s, max_attempts=settings.max_attempts)
-    store = ArtifactStore(settings.artifacts_dir)
+    store = ArtifactStore(objects_of(settings, "artifacts"))
     batches = make_batch_runner(settings, database=database, catalogue=catalogue, queue=batch_queue)
     datasets = make_dataset_runner(settings, database=database, queue=dataset_queue)
     webhooks = WebhookRepository(database, Sealer(settings))
@@ -192,7 +194,7 @@ def reaper() -> None:
             queue=queue,
             events=EventLog(database),
             sources=SourceRepository(database),
-            source_store=FileStore(settings.sources_dir),
+            source_store=FileStore(objects_of(settings, "sources")),
             webhooks=webhooks,
         ).run(stop)
     finally:
@@ -235,6 +237,57 @@ def print_settings(
     from server.settings_reference import env_lines, markdown_page
 
     typer.echo(markdown_page() if form == "markdown" else env_lines(), nl=False)
+
+
+@app.command()
+def doctor(
+    data_dir: DataOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings count as failures.")] = False,
+) -> None:
+    """Check database, Redis, disk, bucket, checkpoints, GPU, kernels and keys; exit code 1 where one fails.
+
+    Run it where, and as, the server runs: with the same MEDSORA_* variables, user and machine.
+    """
+    from server.doctor import Finding, State, examine, show_json, show_table
+    from server.settings import SettingsError, load_settings
+
+    try:
+        findings = examine(load_settings(data_dir=data_dir))
+    except SettingsError as error:
+        findings = [
+            Finding("settings", State.FAILING, str(error), "Correct these variables; nothing else was looked at.")
+        ]
+    (show_json if as_json else show_table)(findings)
+    bad = {State.FAILING, State.WARNING} if strict else {State.FAILING}
+    raise typer.Exit(1 if any(finding.state in bad for finding in findings) else 0)
+
+
+@app.command()
+def backup(folder: Annotated[Path, typer.Argument(help="New folder for it.")], data_dir: DataOption = None) -> None:
+    """Copy database and files into a new folder, while the server runs; files are compared with their hashes."""
+    settings = _settings(data_dir=data_dir)
+    from server.backup import BackupError, make_backup
+
+    try:
+        summary = make_backup(settings, folder)
+    except (BackupError, OSError) as error:
+        _fail(error)
+    typer.echo(summary.text)
+    raise typer.Exit(1 if summary.damaged else 0)
+
+
+@app.command()
+def restore(folder: Annotated[Path, typer.Argument(help="A backup.")], data_dir: DataOption = None) -> None:
+    """Put a backup into an empty data folder (and database, and bucket). No part of the server may run."""
+    settings = _settings(data_dir=data_dir)
+    from server.backup import BackupError, restore_backup
+
+    try:
+        summary = restore_backup(settings, folder)
+    except (BackupError, OSError) as error:
+        _fail(error)
+    typer.echo(summary.text)
 
 
 def _settings(**overrides: object) -> "Settings":

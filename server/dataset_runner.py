@@ -5,8 +5,8 @@ every portion is one transaction under that claim, and what is known of a clip i
 Nothing is kept in memory between two portions.
 """
 
+import itertools
 import logging
-import time
 
 from server.bulk_runner import BulkRunner
 from server.datasets.files import DatasetFiles
@@ -16,6 +16,7 @@ from server.jobs.database import Database
 from server.jobs.queue import JobQueue
 from server.jobs.repository import JobRepository
 from server.keys.limits import Limits
+from server.objects import objects_of
 from server.settings import Settings
 
 __all__ = ["DatasetRunner", "make_dataset_runner"]
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 _SUBMIT_CLIPS = 200
 _SETTLE_CLIPS = 200
 _REMOVE_JOBS = 200
+_LOOK_CLIPS = 500
 
 
 def make_dataset_runner(settings: Settings, *, database: Database, queue: JobQueue) -> "DatasetRunner":
@@ -33,7 +35,7 @@ def make_dataset_runner(settings: Settings, *, database: Database, queue: JobQue
     return DatasetRunner(
         settings,
         datasets=DatasetRepository(database, lease_s=settings.lease_s, limits=limits),
-        files=DatasetFiles(settings.datasets_dir),
+        files=DatasetFiles(objects_of(settings, "datasets")),
         repository=JobRepository(database, lease_s=settings.lease_s, max_attempts=settings.max_attempts, limits=limits),
         queue=queue,
     )
@@ -61,16 +63,14 @@ class DatasetRunner(BulkRunner):
 
     def remove_orphans(self, *, older_than_s: float) -> int:
         """Remove files of attempts that came to nothing, and of datasets that have gone; returns their number."""
-        removed = 0
-        for dataset_id in self._files.datasets():
-            old = [path for path in self._files.files(dataset_id) if time.time() - path.stat().st_mtime > older_than_s]
-            for begin in range(0, len(old), 500):
-                portion = old[begin : begin + 500]
-                attempts = self._datasets.known_attempts(dataset_id, [path.name.partition(".")[0] for path in portion])
-                for path in portion:
-                    job_id, _, attempt = path.name.partition(".")
-                    if path.suffix == ".part" or attempts.get(job_id, 0) not in (None, int(attempt)):
-                        path.unlink(missing_ok=True)
+        removed = self._files.objects.sweep_unfinished(older_than_s=24 * older_than_s)
+        old = (found for found in self._files.files() if found.age_s > older_than_s)
+        for dataset_id, of_dataset in itertools.groupby(old, key=lambda found: found.dataset_id):
+            while portion := list(itertools.islice(of_dataset, _LOOK_CLIPS)):
+                attempts = self._datasets.known_attempts(dataset_id, [found.job_id for found in portion])
+                for found in portion:
+                    if found.is_partial or attempts.get(found.job_id, 0) not in (None, found.attempt):
+                        self._files.discard(found)
                         removed += 1
         return removed
 

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 _BATCH = 500
 _UNUSED_S = 3600.0
 _LIVE_KEPT_S = 600.0
+_UNFINISHED_S = 86_400.0
 
 
 class Reaper:
@@ -123,6 +124,8 @@ class Reaper:
         while batch := list(itertools.islice(old, _BATCH)):
             removed += self._remove_orphans(batch)
         removed += self._remove_sources()
+        for objects in (self._store.objects, self._source_store.objects):
+            removed += objects.sweep_unfinished(older_than_s=_UNFINISHED_S)
         if removed:
             logger.info("removed %d files that belong to no job", removed)
 
@@ -139,7 +142,7 @@ class Reaper:
             known = self._sources.known([file.file_id for file in batch])
             for file in batch:
                 if file.file_id not in known or file.is_partial:
-                    file.path.unlink(missing_ok=True)
+                    self._source_store.discard(file)
                     removed += 1
         return removed
 

@@ -59,6 +59,38 @@ class Settings(BaseSettings):
     database_password: SecretStr | None = Field(
         None, description="Password for database_url, which then names none: at least 16 characters."
     )
+    storage_url: str | None = Field(
+        None,
+        pattern=r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9!_.*'()/-]*)?$",
+        description="Bucket that videos, files, sources and datasets are kept in: s3://bucket or s3://bucket/prefix; "
+        "data_dir is then only for what is being written. None: folders of data_dir. Needs the extra s3.",
+    )
+    s3_endpoint_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^/]+",
+        description="Address of a store that is not Amazon's, by which servers reach it.",
+    )
+    s3_public_endpoint_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^/]+",
+        description="Address by which clients reach the store, for redirected downloads. None: s3_endpoint_url.",
+    )
+    s3_region: str | None = Field(None, min_length=1, description="Region of the bucket. None: as boto3 finds it.")
+    s3_access_key_id: str | None = Field(
+        None, min_length=1, description="Credentials of the bucket. None: as boto3 finds them (AWS_*, files, roles)."
+    )
+    s3_secret_access_key: SecretStr | None = Field(None, description="Set with s3_access_key_id.")
+    s3_downloads: Literal["proxy", "redirect"] = Field(
+        "proxy",
+        description="How clients get what is in the bucket. proxy: through the API; redirect: by a signed link to it, "
+        "good for s3_link_s (archives of datasets always come through the API).",
+    )
+    s3_link_s: int = Field(
+        300, ge=10, le=604_800, description="Seconds for which the link of a redirected download is good."
+    )
+    s3_timeout_s: float = Field(
+        20.0, ge=0.5, le=600.0, description="Seconds that the store may keep silent; a request is tried three times."
+    )
     redis_url: SecretStr | None = Field(
         None,
         description="URL of the Redis broker, e.g. redis://host:6379/0. None: `serve` starts its own.",
@@ -184,8 +216,20 @@ class Settings(BaseSettings):
     job_time_limit_s: int = Field(
         3600, ge=10, le=6600, description="Seconds after which a run is ended by force; asked to end 10 % sooner."
     )
+    drain_s: float = Field(
+        5.0,
+        ge=0.0,
+        le=600.0,
+        description="Seconds that a worker which is told to stop goes on with the clips that it is sampling; what is "
+        "not done then is handed back, and made by another worker from the beginning. An API gets as long for requests "
+        "that are under way, but at least 5.",
+    )
     stop_grace_s: float = Field(
-        20.0, gt=0.0, le=600.0, description="Seconds that a part of `serve` gets to stop before it is killed."
+        20.0,
+        gt=0.0,
+        le=600.0,
+        description="Seconds that a part of `serve` gets to stop before it is killed; above drain_s, for what was "
+        "sampled must be stored, too.",
     )
 
     events_interval_s: float = Field(
@@ -364,8 +408,12 @@ class Settings(BaseSettings):
                 raise ValueError(f"{name}_password is set, and {name}_url names a password, too")
         if self.heartbeat_s > self.lease_s / 2:
             raise ValueError(f"heartbeat_s ({self.heartbeat_s:g}) must be at most half of lease_s ({self.lease_s:g})")
+        if self.drain_s >= self.stop_grace_s:
+            raise ValueError(f"drain_s ({self.drain_s:g}) must be less than stop_grace_s ({self.stop_grace_s:g})")
         if (self.c2pa_certificate is None) != (self.c2pa_private_key is None):
             raise ValueError("c2pa_certificate and c2pa_private_key must be set together")
+        if (self.s3_access_key_id is None) != (self.s3_secret_access_key is None):
+            raise ValueError("s3_access_key_id and s3_secret_access_key must be set together")
         return self
 
     @property

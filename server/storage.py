@@ -1,6 +1,6 @@
-"""Finished videos on disk. A name that a client can ask for always holds a whole, checked file.
+"""Finished videos. A name that a client can ask for always holds a whole, checked file.
 
-Files lie in ``<root>/<2 hex digits>/<job id>.<attempt>.mp4``, what is made of a video beside it
+They are objects (``objects.py``) with keys ``<2 hex digits>/<job id>.<attempt>.mp4``, what is made of a video beside it
 (``<job id>.<attempt>.lossless.mkv``, ``.thumbnail.webp``, ``.spritesheet.jpg``, ``.provenance.json``), and for a while
 ``.live.mp4``, which is followed while a long one is made. While one is written, ``.part`` stands before its last
 suffix. The attempt in the name keeps apart two workers that believe to own one job. This module knows no format: how to
@@ -8,16 +8,15 @@ write and to check a file is handed in.
 """
 
 import enum
-import errno
-import os
 import re
-import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from medsora.files import sha256_of, sync
+from server.objects import GrowingObject, LocalObjects, Objects, StorageFullError, is_full
 
 __all__ = ["ArtifactInfo", "ArtifactStore", "StorageFullError", "StoredFile", "Variant", "job_id_of"]
 
@@ -43,15 +42,10 @@ _SUFFIXES = {
 }
 _NAME = re.compile(
     r"(?P<stem>(?P<shard>[0-9a-f]{2})/(?P<job>video_[0-9a-f]{32})\.(?P<attempt>[0-9]{1,9}))"
-    r"(?:(?:\.part)?\.mp4|(?P<live>\.live)\.mp4|\.thumbnail(?:\.part)?\.webp"
+    r"(?:(?:\.part)?\.mp4|(?P<live>\.live)\.mp4(?:/[0-9]{6})?|\.thumbnail(?:\.part)?\.webp"
     r"|\.spritesheet(?:\.part)?\.jpg|\.provenance(?:\.part)?\.json"
     r"|\.lossless(?:\.part)?\.mkv)"
 )
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-
-
-class StorageFullError(Exception):
-    """There is no room for the file; nothing of it is left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,14 +74,14 @@ class StoredFile:
 
 
 class ArtifactStore:
-    """Folder of videos on a local disk.
+    """Videos and what is made of them.
 
     Args:
-        root: Made when the first file is written.
+        objects: Where they are kept, or a folder of the local disk.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, objects: Objects | Path) -> None:
+        self.objects = LocalObjects(objects) if isinstance(objects, Path) else objects
 
     def write(
         self,
@@ -115,36 +109,35 @@ class ArtifactStore:
                 raises to refuse it.
 
         Raises:
-            StorageFullError: No room. Whatever else the functions raise goes through. In each case no file is left.
+            StorageFullError: No room.
+            StorageUnavailableError: The bucket does not take them. Whatever else the functions raise goes through. In
+                each case no file is left, as far as the bucket lets it be removed.
         """
         stored = {}
-        made: dict[Path, Path] = {}
+        made: dict[Path, str] = {}
         name = ""
         try:
             for variant, (write, check) in files.items():
                 name = _name(job_id, attempt, variant)
-                target = self.root / name
                 partial = self.partial_path(job_id, attempt, variant)
-                made[partial] = target
-                target.parent.mkdir(parents=True, exist_ok=True)
+                made[partial] = name
                 write(partial)
                 sync(partial)
                 check(partial)
                 stored[variant] = ArtifactInfo(name=name, size_bytes=partial.stat().st_size, sha256=sha256_of(partial))
-            for partial, target in made.items():
-                partial.replace(target)
-            sync(self.root / _shard(job_id))  # once for all of them: they lie in one folder
+            self.objects.publish(made)
         except BaseException as error:
-            for partial, target in made.items():
+            for partial, name in made.items():
                 partial.unlink(missing_ok=True)
-                target.unlink(missing_ok=True)
-            if _is_full(error):
-                raise StorageFullError(f"no room for {name} below {self.root}") from error
+                with suppress(OSError):  # the reaper removes what stays
+                    self.objects.remove(name)
+            if is_full(error):
+                raise StorageFullError(f"no room for {name}") from error
             raise
         return stored
 
-    def path(self, name: str, variant: Variant = Variant.VIDEO) -> Path:
-        """Path of a stored file, or of the ``variant`` that lies beside the video of that name.
+    def key(self, name: str, variant: Variant = Variant.VIDEO) -> str:
+        """Key of a stored file, or of the ``variant`` that lies beside the video of that name.
 
         Raises:
             ValueError: Not a name of this store.
@@ -152,9 +145,15 @@ class ArtifactStore:
         match = _NAME.fullmatch(name)
         if match is None:
             raise ValueError(f"not the name of an artifact: {name!r}")
-        if variant is not Variant.VIDEO:
-            name = match["stem"] + _SUFFIXES[variant]
-        return self.root / name
+        return name if variant is Variant.VIDEO else match["stem"] + _SUFFIXES[variant]
+
+    def path(self, name: str, variant: Variant = Variant.VIDEO) -> Path:
+        """Path of a stored file, where they are kept on this machine.
+
+        Raises:
+            ValueError: Not a name of this store, or it keeps its files in a bucket.
+        """
+        return _on_disk(self.objects).path(self.key(name, variant))
 
     def partial_path(self, job_id: str, attempt: int, variant: Variant) -> Path:
         """The path that :meth:`write_all` has a file written to, for what is written together with another one.
@@ -162,25 +161,37 @@ class ArtifactStore:
         Raises:
             ValueError: Not the id of a job.
         """
-        target = self.root / _name(job_id, attempt, variant)
-        return target.with_suffix(f".part{target.suffix}")
+        stem, _, ending = _name(job_id, attempt, variant).rpartition(".")
+        return self.objects.stage(f"{stem}.part.{ending}")
 
     def live_path(self, job_id: str, attempt: int) -> Path:
-        """Where an attempt at a long video writes what can be followed: not whole, nor checked, until it is done.
+        """Path of what can be followed, where it is kept on this machine.
+
+        Raises:
+            ValueError: Not the id of a job, or files are kept in a bucket.
+        """
+        return _on_disk(self.objects).path(_live_name(job_id, attempt))
+
+    def grow_live(self, job_id: str, attempt: int) -> GrowingObject:
+        """Begin what can be followed of an attempt at a long video: not whole, nor checked, until it is done.
 
         Raises:
             ValueError: Not the id of a job.
         """
-        return self.root / _name(job_id, attempt, Variant.VIDEO).replace(".mp4", ".live.mp4")
+        return self.objects.grow(_live_name(job_id, attempt))
+
+    def follow_live(self, job_id: str, attempt: int) -> BinaryIO:
+        """What can be followed of an attempt.
+
+        Raises:
+            FileNotFoundError: Nothing yet.
+            ValueError: Not the id of a job.
+        """
+        return self.objects.follow(_live_name(job_id, attempt))
 
     def remove(self, name: str) -> None:
         """Remove a file for good; nothing happens when it is not there."""
-        path = self.path(name)
-        try:
-            path.unlink()
-        except FileNotFoundError:
-            return
-        sync(path.parent)
+        self.objects.remove(self.key(name))
 
     def remove_attempts(self, job_id: str, *, before: int | None = None) -> None:
         """Remove all files of a job, whole or partial; with ``before`` only those of earlier attempts."""
@@ -188,46 +199,32 @@ class ArtifactStore:
 
     def remove_attempt(self, job_id: str, attempt: int) -> None:
         """Remove all files of one attempt at a job for good, whole or partial."""
-        if self._remove_where(job_id, lambda found: found == attempt):
-            sync(self.root / _shard(job_id))
+        self._remove_where(job_id, lambda found: found == attempt)
 
-    def _remove_where(self, job_id: str, is_meant: Callable[[int], bool]) -> int:
-        removed = 0
-        for path in (self.root / _shard(job_id)).glob(f"{job_id}.*"):
-            match = _NAME.fullmatch(f"{path.parent.name}/{path.name}")
+    def _remove_where(self, job_id: str, is_meant: Callable[[int], bool]) -> None:
+        for found in self.objects.list(f"{_shard(job_id)}/{job_id}."):
+            match = _NAME.fullmatch(found.key)
             if match is not None and is_meant(int(match["attempt"])):
-                path.unlink(missing_ok=True)
-                removed += 1
-        return removed
+                self.objects.remove(found.key)
 
     def files(self) -> Iterator[StoredFile]:
         """All files of the store, in no order. Files that it did not make are left out."""
-        now = time.time()
-        for shard in sorted(self.root.glob("[0-9a-f][0-9a-f]")):
-            for entry in os.scandir(shard):
-                match = _NAME.fullmatch(f"{shard.name}/{entry.name}")
-                if match is None:
-                    continue
-                try:
-                    modified = entry.stat().st_mtime
-                except FileNotFoundError:
-                    continue
+        for found in self.objects.list():
+            match = _NAME.fullmatch(found.key)
+            if match is not None:
                 yield StoredFile(
-                    name=match.group(),
+                    name=found.key,
                     job_id=match["job"],
                     attempt=int(match["attempt"]),
-                    is_partial=".part." in entry.name,
+                    is_partial=".part." in found.key,
                     video=match["stem"] + _SUFFIXES[Variant.VIDEO],
                     is_live=match["live"] is not None,
-                    age_s=now - modified,
+                    age_s=found.age_s,
                 )
 
     def free_bytes(self) -> int:
-        """Free bytes on the disk that holds the store (or will)."""
-        folder = self.root
-        while not folder.exists() and folder != folder.parent:
-            folder = folder.parent
-        return shutil.disk_usage(folder).free
+        """Free bytes on the disk that files are written to first."""
+        return self.objects.free_bytes()
 
 
 def job_id_of(name: str) -> str | None:
@@ -247,11 +244,11 @@ def _name(job_id: str, attempt: int, variant: Variant) -> str:
     return name
 
 
-def _is_full(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is the disk, the quota or the file size limit being used up."""
-    seen = 0
-    while error is not None and seen < 10:
-        if isinstance(error, OSError) and error.errno in _FULL:
-            return True
-        error, seen = error.__cause__ or error.__context__, seen + 1
-    return False
+def _live_name(job_id: str, attempt: int) -> str:
+    return _name(job_id, attempt, Variant.VIDEO).replace(".mp4", ".live.mp4")
+
+
+def _on_disk(objects: Objects) -> LocalObjects:
+    if not isinstance(objects, LocalObjects):
+        raise ValueError("files that are kept in a bucket have no path here")
+    return objects

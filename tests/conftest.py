@@ -15,6 +15,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from postgres_cluster import MISSING, PostgresCluster, find_programs  # noqa: E402
+from s3_server import S3Server  # noqa: E402
 
 # Test processes side by side share the cores.
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
@@ -53,6 +54,14 @@ def postgres_cluster() -> Iterator[PostgresCluster]:
     cluster = PostgresCluster(programs)
     yield cluster
     cluster.close()
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server. Make a bucket of your own in it."""
+    server = S3Server(tmp_path_factory.mktemp("s3") / "log")
+    yield server
+    server.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

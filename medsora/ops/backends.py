@@ -21,7 +21,16 @@ import torch
 
 from medsora.errors import BackendError
 
-__all__ = ["INSTALL_KERNELS", "OPERATORS", "TABLE_FILE", "TableRow", "load_kernels", "not_traced", "resolve_backend"]
+__all__ = [
+    "INSTALL_KERNELS",
+    "OPERATORS",
+    "TABLE_FILE",
+    "TableRow",
+    "kernels_problem",
+    "load_kernels",
+    "not_traced",
+    "resolve_backend",
+]
 
 TABLE_FILE = Path(__file__).with_name("auto_backends.json")
 INSTALL_KERNELS = "pip install --no-build-isolation 'medsora[kernels]'"
@@ -155,7 +164,7 @@ def _pick(operator: str, device_type: str, device_index: int | None, row_index: 
     row = _rows(operator, device_type, device_index)[row_index]
     can_take_kernels = device_type == "cuda" and dtype in KERNEL_DTYPES[operator]
     for backend in row.backends:
-        if backend != "mamba_ssm" or (can_take_kernels and _kernels_problem() is None):
+        if backend != "mamba_ssm" or (can_take_kernels and kernels_problem() is None):
             place = f"{device_type} length {row.length} batch {row.batch}"
             logger.info("%s: back end %s by the measured row %s", operator, backend, place)
             return backend
@@ -174,14 +183,14 @@ def load_kernels(module: str) -> ModuleType:
 
 @constant_when_traced
 def _require_kernels() -> bool:
-    problem = _kernels_problem()
+    problem = kernels_problem()
     if problem is not None:
         raise BackendError(f"back end mamba_ssm cannot run here: {problem}; to install it: {INSTALL_KERNELS}")
     return True
 
 
 @cache
-def _kernels_problem() -> str | None:
+def kernels_problem() -> str | None:
     """Why the kernels of mamba-ssm cannot be used on this machine; None if they can."""
     if not torch.cuda.is_available():
         return "it needs a CUDA device"

@@ -1,7 +1,6 @@
 """/v1/datasets: many labelled clips as one object, and one download of what is done."""
 
 import hashlib
-import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -14,7 +13,7 @@ from medsora.request import random_seed
 from server.api.dependencies import ServicesDep, TenantDep
 from server.api.fields import Real, Whole, check_fields, is_storable, parse_size, read_json_object
 from server.api.openapi import error_responses, links, request_body
-from server.api.ranges import check_range
+from server.api.ranges import check_range, part_of
 from server.datasets.archive import CONTAINERS, Archive
 from server.datasets.model import FORMATS, MAX_CLIPS, ClipState, DatasetStatus
 from server.datasets.repository import ClipRecord, DatasetRecord
@@ -27,7 +26,6 @@ __all__ = ["router"]
 router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
 
 MAX_NAME = 200
-_RANGE = re.compile(r"\s*bytes\s*=\s*(\d*)\s*-\s*(\d*)\s*", re.ASCII | re.IGNORECASE)
 _Count = Annotated[Whole, Field(ge=1, le=MAX_CLIPS)]
 _Distance = Annotated[Real, Field(gt=0, le=255)]
 
@@ -359,12 +357,9 @@ def download_dataset(
     if etag in [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]:
         return Response(status_code=304, headers=headers)
     check_range(request, size)
-    begin, end, status = 0, size, 200
-    match = _RANGE.fullmatch(dict(request.scope["headers"]).get(b"range", b"").decode("latin-1"))
-    if match is not None and request.headers.get("if-range", etag) == etag:
-        first, last = match[1], match[2]
-        begin = int(first) if first else max(0, size - int(last))
-        end = min(int(last) + 1, size) if first and last else size
+    begin, end = part_of(request, size, etag)
+    status = 200
+    if end - begin < size:
         headers["content-range"] = f"bytes {begin}-{end - 1}/{size}"
         status = 206
     headers["content-length"] = str(end - begin)

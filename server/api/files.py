@@ -8,9 +8,9 @@ from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.api.dependencies import ServicesDep, TenantDep
+from server.api.downloads import send_object
 from server.api.fields import check_fields
 from server.api.openapi import error_responses, links
-from server.api.ranges import check_range
 from server.api.schemas import DeletedFile, FileList, FileObject
 from server.api.uploads import receive_upload
 from server.errors import NotFoundError, UnavailableError
@@ -145,18 +145,23 @@ def delete_file(file_id: str, services: ServicesDep, tenant: TenantDep) -> Delet
     responses={
         200: {"content": {"application/jsonl": {}}, "description": "The bytes."},
         206: {"description": "The asked-for bytes of it."},
+        304: {"description": "The file is the one that the client has."},
+        307: {"description": "It is at another address for a while, where the server keeps files in a bucket."},
         **error_responses(404, 416, 503),
     },
 )
 def get_file_content(file_id: str, request: Request, services: ServicesDep, tenant: TenantDep) -> Response:
     """Download a file, whole or a range of the bytes."""
     file = services.files.get(tenant, file_id)
-    path = services.files.path(file)
     try:
-        stat = path.stat()
+        return send_object(
+            request,
+            *services.files.origin(file),
+            etag=f'"{file.sha256}"',
+            media_type="application/jsonl",
+            filename=file.filename,
+            headers={"x-content-type-options": "nosniff"},
+        )
     except FileNotFoundError:
         message = f"The bytes of the file {file_id} are missing on the server."
         raise NotFoundError(message, code="content_missing", param="file_id") from None
-    check_range(request, stat.st_size)
-    headers = {"etag": f'"{file.sha256}"', "cache-control": "private, no-cache", "x-content-type-options": "nosniff"}
-    return FileResponse(path, stat_result=stat, media_type="application/jsonl", filename=file.filename, headers=headers)

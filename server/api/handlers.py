@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from server.errors import RequestRefusedError, ServiceError, UnavailableError, error_body
+from server.objects import StorageUnavailableError
 
 __all__ = ["add_exception_handlers", "answer_of", "first_problem"]
 
@@ -25,6 +26,7 @@ def add_exception_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(DBAPIError, _on_database_error)
     app.add_exception_handler(PoolTimeoutError, _on_database_error)
+    app.add_exception_handler(StorageUnavailableError, _on_storage_error)
 
 
 def answer_of(error: ServiceError) -> JSONResponse:
@@ -79,6 +81,11 @@ def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
 def _on_database_error(request: Request, error: Exception) -> JSONResponse:
     logger.error("the database failed: %s", error)
     return answer_of(UnavailableError("The job database is not available now.", code="database_unavailable"))
+
+
+def _on_storage_error(request: Request, error: Exception) -> JSONResponse:
+    logger.error("the file store failed: %s", error)
+    return answer_of(UnavailableError("The file store is not available now.", code="storage_unavailable"))
 
 
 def first_problem(problems: list[dict[str, object]]) -> tuple[str | None, str]:

@@ -17,6 +17,7 @@ from server.jobs.model import JobStatus
 from server.jobs.queue import QueueError
 from server.jobs.workers import WorkerRecord
 from server.measures import Sums, read_measures
+from server.objects import StorageUnavailableError
 from server.observability import HTTP_SECONDS
 from server.webhooks.repository import DELIVERIES
 
@@ -63,7 +64,14 @@ def _check_database(services: Services) -> str | None:
 
 def _check_disk(services: Services) -> str | None:
     free, needed = services.store.free_bytes(), services.settings.min_free_bytes
-    return None if free >= needed else f"{free} bytes are free, {needed} are needed."
+    if free < needed:
+        return f"{free} bytes are free, {needed} are needed."
+    try:
+        next(services.store.objects.list("probe/"), None)  # of a folder nothing; a bucket must answer
+    except StorageUnavailableError as error:
+        logger.warning("%s", error)
+        return "The file store does not answer."
+    return None
 
 
 def _check_broker(services: Services) -> str | None:

@@ -13,12 +13,12 @@ from typing import BinaryIO
 
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 
 from server.api.access import TenantDep
 from server.api.dependencies import ServicesDep
+from server.api.downloads import send_object
 from server.api.openapi import error_responses
-from server.api.ranges import check_range
 from server.errors import NotFoundError, NotReadyError
 from server.jobs.model import TERMINAL, JobStatus
 from server.jobs.repository import JobRecord
@@ -68,7 +68,10 @@ class LiveStream:
             raise StreamBrokenError(f"{job.id} is {job.status.value}")
         if job.status is not JobStatus.QUEUED and job.attempt != self._attempt:
             self._open(job.attempt)
-        piece = self._read()
+        try:
+            piece = self._read()
+        except FileNotFoundError as error:  # of a bucket it can be swept away under one's eyes
+            raise StreamBrokenError(f"what was made of {job.id} is gone") from error
         if piece or job.status is not JobStatus.SUCCEEDED:
             return piece
         if self._attempt != job.attempt or not self._is_same:
@@ -97,7 +100,7 @@ class LiveStream:
     def _open(self, attempt: int) -> None:
         """Turn to the file of another attempt, as soon as it is there."""
         try:
-            file = self._store.live_path(self._job_id, attempt).open("rb")
+            file = self._store.follow_live(self._job_id, attempt)
         except FileNotFoundError:
             return
         self.close()
@@ -176,13 +179,10 @@ async def stream_video(video_id: str, request: Request, services: ServicesDep, t
 
 def _finished(request: Request, store: ArtifactStore, job: JobRecord) -> Response:
     assert job.artifact is not None
-    path = store.path(job.artifact)
+    key = store.key(job.artifact)
     try:
-        stat = path.stat()
+        return send_object(request, store.objects, key, etag=f'"{job.sha256}"', media_type="video/mp4")
     except FileNotFoundError:
         raise NotFoundError(
             f"The file of video {job.id} is missing on the server.", code="content_missing", param="video_id"
         ) from None
-    check_range(request, stat.st_size)
-    headers = {"etag": f'"{job.sha256}"', "cache-control": "private, no-cache"}
-    return FileResponse(path, stat_result=stat, media_type="video/mp4", headers=headers)

@@ -1,10 +1,14 @@
 """Downloads of a part of a file."""
 
+import re
+
 from fastapi import Request
 
 from server.errors import RangeError
 
-__all__ = ["check_range"]
+__all__ = ["check_range", "part_of"]
+
+_RANGE = re.compile(r"\s*bytes\s*=\s*(\d*)\s*-\s*(\d*)\s*", re.ASCII | re.IGNORECASE)
 
 
 def check_range(request: Request, size: int) -> None:
@@ -37,3 +41,12 @@ def check_range(request: Request, size: int) -> None:
             code="range_not_satisfiable",
             headers={"content-range": f"bytes */{size}"},
         )
+
+
+def part_of(request: Request, size: int, etag: str) -> tuple[int, int]:
+    """The bytes that are asked for, from the first up to but not the second; after :func:`check_range`."""
+    match = _RANGE.fullmatch(dict(request.scope["headers"]).get(b"range", b"").decode("latin-1"))
+    if match is None or request.headers.get("if-range", etag) != etag:
+        return 0, size
+    first, last = match[1], match[2]
+    return int(first) if first else max(0, size - int(last)), min(int(last) + 1, size) if first and last else size

@@ -10,6 +10,7 @@ from fastapi.responses import FileResponse, StreamingResponse
 from starlette.background import BackgroundTask
 
 from server.api.dependencies import JobServiceDep, Services, ServicesDep, TenantDep
+from server.api.downloads import is_known, send_object
 from server.api.fields import (
     CreateVideoFields,
     EditVideoFields,
@@ -21,7 +22,6 @@ from server.api.fields import (
     read_remix,
 )
 from server.api.openapi import error_responses, links, request_body
-from server.api.ranges import check_range
 from server.api.schemas import DeletedVideo, VideoList, VideoObject
 from server.conversion import ConversionError, Form, convert
 from server.errors import NotFoundError, RequestRefusedError, UnavailableError
@@ -169,6 +169,7 @@ def delete_video(video_id: str, jobs: JobServiceDep, tenant: TenantDep) -> Delet
         },
         206: {"content": _MEDIA, "description": "The asked-for bytes of it."},
         304: {"description": "The file is the one that the client has."},
+        307: {"description": "It is at another address for a while, where the server keeps files in a bucket."},
         **error_responses(400, 404, 409, 416, 503),
     },
 )
@@ -203,21 +204,21 @@ def get_content(
     if job.artifact is None or sha256 is None:
         message = f"variant: video {video_id} was made by a version of this server that made no {variant}"
         raise NotFoundError(f"{message}; remix it, or download variant=video", code="content_missing", param="variant")
-    path = services.store.path(job.artifact, stored)
-    try:
-        stat = path.stat()
-    except FileNotFoundError:
-        raise _missing(video_id, stored, variant) from None
+    key = services.store.key(job.artifact, stored)
     etag = f'"{sha256}"' if form is None else f'"{sha256}-{form}"'
-    headers = {"etag": etag, "cache-control": "private, no-cache"}
-    if etag in [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]:
-        return Response(status_code=304, headers=headers)
     media_type, ending = _MEDIA_TYPES[stored if form is None else form]
     filename = f"{video_id}{ending}"
-    if form is not None:
-        return _converted(services, job, path, form, headers, filename)
-    check_range(request, stat.st_size)
-    return FileResponse(path, stat_result=stat, media_type=media_type, filename=filename, headers=headers)
+    try:
+        if form is None:
+            objects = services.store.objects
+            return send_object(request, objects, key, etag=etag, media_type=media_type, filename=filename)
+        headers = {"etag": etag, "cache-control": "private, no-cache"}
+        with services.store.objects.local(key) as path:
+            if is_known(request, etag):
+                return Response(status_code=304, headers=headers)
+            return _converted(services, job, path, form, headers, filename)
+    except FileNotFoundError:
+        raise _missing(video_id, stored, variant) from None
 
 
 def _missing(video_id: str, stored: Variant, variant: str) -> NotFoundError:

@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import BinaryIO
 
 __all__ = ["CONTAINERS", "Archive", "FilePiece", "Group", "Member", "Piece", "Run", "combined_crc32", "tar_member"]
 
@@ -27,9 +27,9 @@ _ZIP64_VERSION = 45
 
 @dataclass(frozen=True)
 class FilePiece:
-    """Bytes of a file on disk."""
+    """Bytes of a file that is kept elsewhere."""
 
-    path: Path
+    open: Callable[[], BinaryIO]
     offset: int
     size: int
     crc32: int
@@ -274,13 +274,13 @@ def _measures(piece: Piece) -> tuple[int, int]:
 
 
 def _read_file(piece: FilePiece, first: int, last: int) -> Iterator[bytes]:
-    with piece.path.open("rb") as file:
+    with piece.open() as file:
         file.seek(piece.offset + first)
         left = last - first
         while left:
             chunk = file.read(min(left, _CHUNK))
             if not chunk:
-                raise OSError(f"{piece.path} is shorter than it was")
+                raise OSError("a file of the archive is shorter than it was")
             left -= len(chunk)
             yield chunk
 

@@ -109,9 +109,10 @@ def _parts(dataset: DatasetRecord, clip: ClipRecord, files: DatasetFiles, name: 
     """The files that a clip is in an archive."""
     assert clip.job_id is not None  # it is done
     assert clip.attempt is not None
-    path, offset = files.path(dataset.id, clip.job_id, clip.attempt), 0
+    open_file = partial(files.objects.open, files.key(dataset.id, clip.job_id, clip.attempt))
+    offset = 0
     for part in clip.parts or []:
-        yield Member.of(name + part["name"], FilePiece(path, offset, part["size_bytes"], part["crc32"]))
+        yield Member.of(name + part["name"], FilePiece(open_file, offset, part["size_bytes"], part["crc32"]))
         offset += part["size_bytes"]
 
 

@@ -1,12 +1,12 @@
 """The rules of files: what is taken, what a client may see, what deleting means."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from server.errors import NotFoundError, RequestRefusedError, UnavailableError
 from server.files.model import PURPOSES, UPLOAD_PURPOSES, is_file_id, new_file_id
 from server.files.repository import FileRecord, FileRepository
 from server.files.store import FileStore, FileWriter
+from server.objects import Objects
 
 __all__ = ["FilePage", "FileService", "Upload"]
 
@@ -92,9 +92,9 @@ class FileService:
             raise _not_found(file_id)
         return file
 
-    def path(self, file: FileRecord) -> Path:
-        """Where the bytes of a file lie."""
-        return self._store.path(file.id)
+    def origin(self, file: FileRecord) -> tuple[Objects, str]:
+        """Root and key of the object that holds the bytes of a file."""
+        return self._store.objects, self._store.key(file.id)
 
     def list(self, tenant: str, *, purpose: str | None, limit: int, after: str | None, newest_first: bool) -> FilePage:
         """A page of files behind the file ``after``.

@@ -1,29 +1,26 @@
-"""Bytes of files on disk. Under the name of a file there is always a whole one, never a part.
+"""Bytes of files. Under the name of a file there is always a whole one, never a part.
 
-They lie in ``<root>/<2 hex digits>/<file id>``; while one is written, in ``<file id>.<random>.part`` beside it.
+They are objects (``server/objects.py``) with keys ``<2 hex digits>/<file id>``; while one is written, it is in
+``<file id>.<random>.part``.
 """
 
-import errno
 import hashlib
 import os
 import re
 import secrets
-import shutil
-import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from medsora.files import sync
 from server.files.model import is_file_id
-from server.storage import StorageFullError
+from server.objects import LocalObjects, Objects, StorageFullError, is_full
 
 __all__ = ["FileStore", "FileWriter", "FoundFile", "WrittenFile"]
 
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_NAME = re.compile(r"(?P<id>file-[0-9a-f]{32})(?P<part>\.[0-9a-f]{16}\.part)?")
+_KEY = re.compile(r"[0-9a-f]{2}/(?P<id>file-[0-9a-f]{32})(?P<part>\.[0-9a-f]{16}\.part)?")
 
 
 @dataclass(frozen=True)
@@ -36,77 +33,94 @@ class WrittenFile:
 
 @dataclass(frozen=True)
 class FoundFile:
-    """A file, or a part of one, found on disk; ``age_s`` seconds since it was last written."""
+    """A file, or a part of one; ``age_s`` seconds since it was last written."""
 
-    path: Path
+    key: str
     file_id: str
     age_s: float
     is_partial: bool
 
 
 class FileStore:
-    """Folder of files on a local disk.
+    """Files by their ids.
 
     Args:
-        root: Made when the first file is written.
+        objects: Where they are kept, or a folder of the local disk.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, objects: Objects | Path) -> None:
+        self.objects = LocalObjects(objects) if isinstance(objects, Path) else objects
 
-    def path(self, file_id: str) -> Path:
-        """Where the bytes of a file lie.
+    def key(self, file_id: str) -> str:
+        """Key of the bytes of a file.
 
         Raises:
             ValueError: Not the id of a file.
         """
         if not is_file_id(file_id):
             raise ValueError(f"not a file id: {file_id!r}")
-        return self.root / file_id[5:7] / file_id
+        return f"{file_id[5:7]}/{file_id}"
+
+    def path(self, file_id: str) -> Path:
+        """Where the bytes of a file lie, where they are kept on this machine.
+
+        Raises:
+            ValueError: Not the id of a file, or files are kept in a bucket.
+        """
+        key = self.key(file_id)
+        if not isinstance(self.objects, LocalObjects):
+            raise ValueError("files that are kept in a bucket have no path here")
+        return self.objects.path(key)
+
+    def open(self, file_id: str) -> BinaryIO:
+        """The bytes of a file, to be read from any place.
+
+        Raises:
+            FileNotFoundError: There is none.
+        """
+        return self.objects.open(self.key(file_id))
+
+    def local(self, file_id: str) -> AbstractContextManager[Path]:
+        """The file on this machine, for those that want a path; of one that is not there opening it may tell."""
+        return self.objects.local(self.key(file_id))
 
     def writer(self, file_id: str) -> "FileWriter":
         """Begin a file. Use it as a context manager: without :meth:`FileWriter.publish` nothing is left."""
-        return FileWriter(self.path(file_id))
+        return FileWriter(self.objects, self.key(file_id))
 
     def remove(self, file_id: str) -> None:
         """Remove a file for good; nothing happens when it is not there."""
-        self.path(file_id).unlink(missing_ok=True)
+        self.objects.remove(self.key(file_id))
+
+    def discard(self, found: FoundFile) -> None:
+        """Remove what was found, a part of a file, too."""
+        self.objects.remove(found.key)
 
     def free_bytes(self) -> int:
-        """Free bytes on the disk that holds the store (or will)."""
-        folder = self.root
-        while not folder.exists() and folder != folder.parent:
-            folder = folder.parent
-        return shutil.disk_usage(folder).free
+        """Free bytes on the disk that files are written to first."""
+        return self.objects.free_bytes()
 
     def files(self) -> Iterator[FoundFile]:
         """Everything in the store, in no order."""
-        now = time.time()
-        for shard in sorted(self.root.glob("[0-9a-f][0-9a-f]")):
-            for entry in os.scandir(shard):
-                match = _NAME.fullmatch(entry.name)
-                if match is None:
-                    continue
-                try:
-                    modified = entry.stat().st_mtime
-                except FileNotFoundError:
-                    continue
-                yield FoundFile(Path(entry.path), match["id"], now - modified, match["part"] is not None)
+        for found in self.objects.list():
+            match = _KEY.fullmatch(found.key)
+            if match is not None:
+                yield FoundFile(found.key, match["id"], found.age_s, match["part"] is not None)
 
 
 class FileWriter:
     """A file that is being written: hashed on the way, on disk and under its name after :meth:`publish`."""
 
-    def __init__(self, target: Path) -> None:
-        self._target = target
-        self._partial = target.with_name(f"{target.name}.{secrets.token_hex(8)}.part")
+    def __init__(self, objects: Objects, key: str) -> None:
+        self._objects, self._key = objects, key
+        self._partial: Path | None = None
         self._hash = hashlib.sha256()
         self._file: BinaryIO | None = None
         self.size_bytes = 0
 
     def __enter__(self) -> "FileWriter":
         try:
-            self._target.parent.mkdir(parents=True, exist_ok=True)
+            self._partial = self._objects.stage(f"{self._key}.{secrets.token_hex(8)}.part")
             self._file = self._partial.open("xb")
         except OSError as error:
             raise _explained(error) from error
@@ -131,14 +145,15 @@ class FileWriter:
 
         Raises:
             StorageFullError: There is no room.
+            StorageUnavailableError: The bucket does not take it.
         """
         assert self._file is not None
+        assert self._partial is not None
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            self._partial.replace(self._target)
-            sync(self._target.parent)
+            self._objects.publish({self._partial: self._key})
         except OSError as error:
             raise _explained(error) from error
         return WrittenFile(self.size_bytes, self._hash.hexdigest())
@@ -152,8 +167,9 @@ class FileWriter:
         except OSError:
             pass  # what was buffered found no room: it is removed now
         finally:
-            self._partial.unlink(missing_ok=True)
+            if self._partial is not None:
+                self._partial.unlink(missing_ok=True)
 
 
 def _explained(error: OSError) -> Exception:
-    return StorageFullError("no room for the file") if error.errno in _FULL else error
+    return StorageFullError("no room for the file") if is_full(error) else error

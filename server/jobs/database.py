@@ -13,11 +13,14 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alembic import command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import (
     URL,
     Connection,
@@ -35,9 +38,19 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
-__all__ = ["Database", "DatabaseURLError", "database_now", "insert_if_absent", "lock_rows", "migrate"]
+__all__ = [
+    "Database",
+    "DatabaseURLError",
+    "SchemaPosition",
+    "database_now",
+    "insert_if_absent",
+    "lock_rows",
+    "migrate",
+    "schema_position",
+]
 
 BUSY_TIMEOUT_MS = 5000
+_MIGRATIONS = Path(__file__).parent / "migrations"
 _CONNECTIONS, _QUICK_CONNECTIONS = 20, 5
 """Most connections to PostgreSQL of one :class:`Database`, and of one whose commits do not wait for the disk."""
 _MIGRATION_LOCK_KEY = 0x6D656473  # any number of our own for pg_advisory_xact_lock
@@ -198,11 +211,30 @@ def _configure_sqlite(engine: Engine, *, is_durable: bool) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
 
 
+@dataclass(frozen=True)
+class SchemaPosition:
+    """The revision of a database's schema, and whether this version of the server does not know it yet."""
+
+    revision: str
+    is_newer: bool
+
+
+def schema_position(connection: Connection) -> tuple[SchemaPosition | None, str]:
+    """Where a database's schema is (None: it has none), and the newest revision that this server knows."""
+    scripts = ScriptDirectory(str(_MIGRATIONS))
+    head = str(scripts.get_current_head())
+    revision = MigrationContext.configure(connection).get_current_revision()
+    if revision is None:
+        return None, head
+    known = {script.revision for script in scripts.walk_revisions()}
+    return SchemaPosition(revision, is_newer=revision not in known), head
+
+
 def migrate(database: Database) -> None:
     """Bring the schema up to date; several processes may do so at once, one after the other does it."""
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every connection that it finds in order
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
     if database.is_sqlite:
         path = Path(str(database.url.database))
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,17 @@ from server.events.jobs import announce_deletion, announce_preview, announce_pro
 from server.idempotency import note_made
 from server.jobs.database import Database, database_now, lock_rows
 from server.jobs.measures import BATCH_SIZE, measure_claimed, measure_ended
-from server.jobs.model import ALIKE, DEFAULT_TENANT, IS_QUEUED, TERMINAL, DeletedJob, Job, JobStatus, new_job_id
+from server.jobs.model import (
+    ALIKE,
+    DEFAULT_TENANT,
+    IS_QUEUED,
+    TERMINAL,
+    DeletedJob,
+    Job,
+    JobStatus,
+    WorkerProcess,
+    new_job_id,
+)
 from server.jobs.sharing import alone, charge, lock_alike, lock_first, places
 from server.keys.limits import NO_LIMITS, Limits, Quota, count_usage, fitting
 from server.measures import Observation, add_observations
@@ -583,6 +593,22 @@ class JobRepository:
         statement = update(Job).where(Job.status == JobStatus.QUEUED, Job.published_at.is_not(None))
         with self._database.write() as connection:
             connection.execute(statement.values(published_at=None))
+
+    def begin_anew(self) -> int:
+        """After a restore, where no worker runs: let all running jobs wait again, which costs them no attempt, and be
+        published. Those whose cancellation was asked for are left to the reaper.
+
+        Returns:
+            How many were running.
+        """
+        running = and_(Job.status == JobStatus.RUNNING, Job.cancel_requested.is_(False))
+        with self._database.write() as connection:
+            connection.execute(delete(WorkerProcess))
+            again = update(_TABLE).where(running).values(handed_back=Job.handed_back + 1, **_waiting())
+            changed = connection.execute(again.returning(*_TABLE.c)).all()
+            connection.execute(update(Job).where(Job.status == JobStatus.QUEUED).values(published_at=None))
+            _tell(connection, changed)
+        return len(changed)
 
     def count_waiting(self) -> int:
         """Number of jobs in the queue."""

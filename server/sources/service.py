@@ -4,16 +4,12 @@ What they are made from is kept as a source of the job's own, whatever becomes o
 the earlier video: the source goes when no job refers to it any more.
 """
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from medsora.config import SAMPLERS_OF
-from medsora.files import sync
 from medsora.geometry import CHUNK_FRAMES
 from medsora.manifest import Manifest
 from medsora.request import no_clean_prefixes
@@ -25,6 +21,7 @@ from server.files.service import FileService
 from server.files.store import FileStore, WrittenFile
 from server.jobs.repository import JobRecord
 from server.jobs.service import JobService, VideoOrder
+from server.objects import Objects
 from server.sources.media import MEDIA_TYPES, Media, MediaError, inspect, kind_of_media
 from server.sources.model import SourceKind
 from server.sources.repository import SourceRepository
@@ -54,8 +51,8 @@ class _Kept:
     source_id: str
     media: Media
     written: WrittenFile
-    path: Path | None = None
-    """The file whose bytes it is to have; None: it has its own already."""
+    origin: tuple[Objects, str] | None = None
+    """Root and key of the object whose bytes it is to have; None: it has its own already."""
     video: JobRecord | None = None
     """The job whose video it is."""
 
@@ -244,13 +241,14 @@ class SourceService:
     def _keep(self, tenant: str, source_id: str, source: SourceOrder, most_frames: int) -> _Kept:
         if source.content is not None:
             written = self._write(source_id, source)
-            media = self._inspected(self._store.path(source_id), source, most_frames)
+            media = self._inspected(self._store.objects, self._store.key(source_id), source, most_frames)
             return _Kept(source_id=source_id, media=media, written=written)
         if source.file_id is not None:
             file = self._file(tenant, source)
-            path = self._files.path(file)
-            media = self._inspected(path, source, most_frames)
-            return _Kept(source_id=source_id, media=media, written=WrittenFile(file.size_bytes, file.sha256), path=path)
+            origin = self._files.origin(file)
+            media = self._inspected(*origin, source, most_frames)
+            written = WrittenFile(file.size_bytes, file.sha256)
+            return _Kept(source_id=source_id, media=media, written=written, origin=origin)
         video = self._video(tenant, source)
         assert video.artifact is not None
         assert video.size_bytes is not None
@@ -263,14 +261,15 @@ class SourceService:
             source_id=source_id,
             media=Media(kind="mp4", num_frames=video.num_frames, fps=video.fps, **size),
             written=WrittenFile(video.size_bytes, video.sha256),
-            path=self._artifacts.path(video.artifact),
+            origin=(self._artifacts.objects, self._artifacts.key(video.artifact)),
             video=video,
         )
 
     @staticmethod
-    def _inspected(path: Path, source: SourceOrder, most_frames: int) -> Media:
+    def _inspected(objects: Objects, key: str, source: SourceOrder, most_frames: int) -> Media:
         try:
-            return inspect(path, max_frames=most_frames)
+            with objects.local(key) as path:
+                return inspect(path, max_frames=most_frames)
         except FileNotFoundError:
             raise _gone(source.field) from None
         except MediaError as error:
@@ -308,26 +307,13 @@ class SourceService:
     ) -> dict[str, Any]:
         # the row first: bytes that have none, and are as old as an earlier file, are swept away
         record = self._repository.add(kept.source_id, tenant=tenant, media=kept.media, written=kept.written)
-        if kept.path is not None:
+        if kept.origin is not None:
             try:
-                _link(kept.path, self._store.path(kept.source_id))
+                self._store.objects.copy(*kept.origin, self._store.key(kept.source_id))
             except FileNotFoundError:
                 raise _gone(field) from None
         video = None if kept.video is None else kept.video.id
         return {**values, "source_kind": kind.value, "source_id": record.id, "source_video": video}
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same bytes under another name, which stay when the first one goes."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        shutil.copyfile(source, target)  # another disk, or one without links; cut off by a crash it has no row
-        sync(target)
-    sync(target.parent)
 
 
 def _gone(field: str) -> NotFoundError:

@@ -24,6 +24,7 @@ from server.checkpoints import ServedCheckpoint
 from server.errors import without_folders
 from server.jobs.repository import Claim, FinishedWork, log_fields
 from server.logs import bound
+from server.objects import StorageUnavailableError
 from server.storage import ArtifactInfo, StorageFullError, Variant
 from server.worker.attempts import trace_attempt
 from server.worker.dataset_clips import ClipDroppedError
@@ -155,6 +156,8 @@ class Finisher:
             for claim, work in results:
                 if isinstance(work, (JobCanceled, ClaimLost)):
                     close_canceled(self._runtime, self._keeper, claim, work)
+                elif isinstance(work, StorageUnavailableError):
+                    self._hand_back(claim, work)
                 elif isinstance(work, Exception):
                     self._fail(claim, work)
         except SQLAlchemyError as error:
@@ -163,6 +166,16 @@ class Finisher:
             logger.error("%s are left to the reaper: the job table cannot be written: %s", names, error)
         finally:
             self._keeper.let_go([claim for claim, _ in results])
+
+    def _hand_back(self, claim: Claim, error: StorageUnavailableError) -> None:
+        """Nothing is wrong with the clip: it is made again, by this worker or another one, when it can be stored."""
+        self._runtime.storage.is_suspect = True
+        with bound(**log_fields(claim.job)):
+            logger.error("%s is handed back: %s", claim.job.id, error)
+        key = (claim.job.id, claim.token)
+        if claim.job.id not in settle(lambda: self._runtime.repository.hand_back_all([key])):
+            settle(lambda: self._runtime.repository.finish_cancel(*key))
+        trace_attempt(claim, "handed_back")
 
     def _fail(self, claim: Claim, error: Exception) -> None:
         code, message = explain(error)

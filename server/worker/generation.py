@@ -20,7 +20,7 @@ from medsora.request import GenerationRequest
 from server.jobs.queue import JobQueue, QueueError
 from server.jobs.repository import Claim, JobRecord, log_fields
 from server.logs import bound
-from server.storage import StorageFullError
+from server.objects import StorageFullError, StorageUnavailableError
 from server.worker.attempts import trace_attempt
 from server.worker.finishing import Finisher, SampledBatch, close_canceled, explain, settle
 from server.worker.pieces import is_made_at_once, make_in_pieces
@@ -48,7 +48,7 @@ def run_jobs(runtime: WorkerRuntime) -> int:
             lease_s=settings.lease_s,
             heartbeat_s=settings.heartbeat_s,
             progress_interval_s=settings.progress_interval_s,
-            stopping=runtime.stopping,
+            giving_up=runtime.giving_up,
         ) as keeper,
         Finisher(runtime, keeper) as finisher,
     ):
@@ -56,6 +56,10 @@ def run_jobs(runtime: WorkerRuntime) -> int:
             if time.monotonic() >= until:
                 more = True
                 break
+            if runtime.storage.is_suspect:
+                finisher.wait()
+            if not runtime.storage.is_well():
+                break  # the reaper tells of waiting jobs again and again
             claims = _claim(runtime)
             if not claims:
                 break
@@ -114,6 +118,11 @@ def _run_batch(runtime: WorkerRuntime, keeper: ClaimKeeper, finisher: Finisher, 
             # Nothing is wrong with the jobs, and what the table says of them now is unknown: their leases run out.
             logger.error("%s are left to the reaper: the job table cannot be read: %s", _names(part), error)
             keeper.let_go(part)
+        except StorageUnavailableError as error:
+            logger.error("%s: %s", _names(part), error)
+            runtime.storage.is_suspect = True
+            _hand_back(runtime, keeper, [*part, *[claim for rest in parts for claim in rest]])
+            return True
         except (CheckpointError, BackendError, StorageFullError) as error:  # of all of them, whoever was first
             _fail(runtime, keeper, part, error)
         except SoftTimeLimitExceeded as error:
@@ -151,12 +160,12 @@ def _run_batch(runtime: WorkerRuntime, keeper: ClaimKeeper, finisher: Finisher, 
 
 def _make(runtime: WorkerRuntime, keeper: ClaimKeeper, finisher: Finisher, claims: list[Claim]) -> None:
     """Sample jobs together and let the clips be finished; one that is made in pieces is encoded as they come."""
-    keeper.raise_if_stopping()
+    _raise_if_stopping(runtime)
     if runtime.store.free_bytes() < runtime.settings.min_free_bytes:
         raise StorageFullError("too little free disk space to begin")
     checkpoint, pipeline = runtime.pipeline(claims[0].job.model)
     requests = [_request(claim.job) for claim in claims]
-    keeper.raise_if_stopping()  # loading the model, where that had failed at the start, may have taken minutes
+    _raise_if_stopping(runtime)  # loading the model, where that had failed at the start, may have taken minutes
 
     def on_step(steps_done: int, num_steps: int) -> None:
         # of a clip in several windows, or a batch in several parts, these count all of them; the row counts one
@@ -189,6 +198,12 @@ def _make(runtime: WorkerRuntime, keeper: ClaimKeeper, finisher: Finisher, claim
             sampling_s=time.monotonic() - began,
         )
     )
+
+
+def _raise_if_stopping(runtime: WorkerRuntime) -> None:
+    """What is not begun is for others, at once."""
+    if runtime.stopping.is_set():
+        raise WorkerStopping("the worker is stopping")
 
 
 def _is_suspect(claim: Claim) -> bool:

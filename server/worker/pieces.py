@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import replace
-from functools import partial
-from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,14 +110,15 @@ def make_in_pieces(
         options: dict[str, Any] = {"size": (job.width, job.height), "fps": job.fps, "metadata": metadata}
         lossless = runtime.store.partial_path(job.id, claim.token, Variant.LOSSLESS)
         with (
-            runtime.store.live_path(job.id, claim.token).open("wb", buffering=0) as live,
+            runtime.store.grow_live(job.id, claim.token) as live,
             mp4_writer(path, **options) as encode,
-            fragmented_mp4_writer(partial(_write_all, live), **options) as encode_live,
+            fragmented_mp4_writer(live.write, **options) as encode_live,
             ffv1_writer(lossless, **options) if keeps_lossless else nullcontext(_discard) as encode_lossless,
         ):
             for piece in make_pieces(pipeline, request, job, frames, on_step=on_step, preview=preview):
                 piece_began = time.monotonic()
                 encode_live(piece)
+                live.flush()
                 encode(piece)
                 encode_lossless(piece)
                 stills.add(piece)
@@ -155,12 +154,6 @@ def make_in_pieces(
 
 def _discard(frames: Frames) -> None:
     """In place of a writer."""
-
-
-def _write_all(file: FileIO, content: bytes) -> None:
-    """Unbuffered, so that whoever follows sees it at once."""
-    while content:
-        content = content[file.write(content) :]
 
 
 class StillFrames:

@@ -51,7 +51,7 @@ class ClaimKeeper:
         lease_s: Seconds that a claim lasts without renewal.
         heartbeat_s: Seconds between renewals.
         progress_interval_s: Least seconds between two renewals because of progress.
-        stopping: Set when this worker is to stop.
+        giving_up: Set when this worker is to stop at once.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class ClaimKeeper:
         lease_s: float,
         heartbeat_s: float,
         progress_interval_s: float,
-        stopping: threading.Event,
+        giving_up: threading.Event,
     ) -> None:
         self._repository = repository
         self._lease_s, self._heartbeat_s = lease_s, heartbeat_s
         self._progress_interval_s = progress_interval_s
-        self._stopping = stopping
+        self._giving_up = giving_up
         self._kept: dict[str, _Kept] = {}
         self._has_progress = False
         self._is_closed = False
@@ -111,7 +111,7 @@ class ClaimKeeper:
                     self._kept[claim.job.id].steps_done = steps_done
             self._has_progress = True
             self._changed.notify()
-        self.raise_if_stopping()
+        self.raise_if_giving_up()
         ends = [self.end_of(claim) for claim in claims]
         if all(end is not None for end in ends) and ends[0] is not None:
             raise ends[0]
@@ -126,11 +126,11 @@ class ClaimKeeper:
         end = self.end_of(claim)
         if end is not None:
             raise end
-        self.raise_if_stopping()
+        self.raise_if_giving_up()
 
-    def raise_if_stopping(self) -> None:
-        """Raise WorkerStopping when this worker is to stop."""
-        if self._stopping.is_set():
+    def raise_if_giving_up(self) -> None:
+        """Raise WorkerStopping when this worker is to stop at once."""
+        if self._giving_up.is_set():
             raise WorkerStopping("the worker is stopping")
 
     def end_of(self, claim: Claim) -> JobCanceled | ClaimLost | None:

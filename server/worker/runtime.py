@@ -32,12 +32,14 @@ from server.files.store import FileStore
 from server.jobs.database import Database, migrate
 from server.jobs.repository import JobRepository
 from server.jobs.workers import WorkerRegistry
+from server.objects import objects_of
 from server.settings import Settings
 from server.sources.repository import SourceRepository
 from server.storage import ArtifactStore
 from server.worker.batch_limits import BatchLimits, best_size
 from server.worker.dataset_clips import DatasetClips
 from server.worker.signing import signer_of
+from server.worker.storage_watch import StorageWatch
 
 if TYPE_CHECKING:
     from medsora.pipeline import VideoPipeline
@@ -63,6 +65,11 @@ class WorkerRuntime:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.stopping = threading.Event()
+        """Nothing more is begun."""
+        self.giving_up = threading.Event()
+        """What is not done is handed back."""
+        self._give_up_at = math.inf
+        """On the steady clock."""
         self._may_interrupt = False
         # First of all: what comes before it is not heard.
         signal.signal(STOP_SIGNAL, self._on_stop_signal)
@@ -70,11 +77,13 @@ class WorkerRuntime:
         self.database = Database(settings.database_address)
         migrate(self.database)
         self.repository = JobRepository(self.database, lease_s=settings.lease_s, max_attempts=settings.max_attempts)
-        self.store = ArtifactStore(settings.artifacts_dir)
-        self.sources, self.source_store = SourceRepository(self.database), FileStore(settings.sources_dir)
+        self.store = ArtifactStore(objects_of(settings, "artifacts"))
+        self.storage = StorageWatch(self.store.objects)
+        self.sources = SourceRepository(self.database)
+        self.source_store = FileStore(objects_of(settings, "sources"))
         self.dataset_clips = DatasetClips(
             DatasetRepository(self.database, lease_s=settings.lease_s),
-            DatasetFiles(settings.datasets_dir),
+            DatasetFiles(objects_of(settings, "datasets")),
             signer=signer_of(settings),
         )
         self._registry = WorkerRegistry(self.database, heartbeat_s=settings.worker_heartbeat_s)
@@ -243,7 +252,13 @@ class WorkerRuntime:
         logger.info("model %s is sampled in batches of up to %d", name, best)
 
     def _on_stop_signal(self, *_: object) -> None:
-        self.stopping.set()
+        # It comes again and again until this process has ended.
+        now = time.monotonic()
+        if not self.stopping.is_set():
+            self._give_up_at = now + self.settings.drain_s
+            self.stopping.set()
+        if now >= self._give_up_at:
+            self.giving_up.set()
         if self._may_interrupt:
             self._may_interrupt = False  # once: the signal comes again and again
             raise _Interrupted

@@ -35,7 +35,8 @@ def load_source(store: FileStore, source: SourceRecord | None, job: JobRecord) -
     if source is None:
         raise SourceError(f"{what}: is gone")
     try:
-        return read_frames(store.path(source.id), width=job.width, height=job.height, num_frames=source.num_frames)
+        with store.local(source.id) as path:
+            return read_frames(path, width=job.width, height=job.height, num_frames=source.num_frames)
     except FileNotFoundError:
         raise SourceError(f"{what}: is gone") from None
     except MediaError as error:

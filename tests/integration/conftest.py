@@ -7,23 +7,20 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import httpx
 import openai
 import psutil
 import pytest
 from postgres_cluster import PostgresCluster
+from waiting import wait_until
 
 from server.jobs.database import Database
 from server.jobs.repository import JobRecord, JobRepository
 from server.jobs.workers import WorkerRegistry
 from server.storage import ArtifactStore
-
-T = TypeVar("T")
 
 FAST = {
     "MEDSORA_LEASE_S": "3",
@@ -35,21 +32,16 @@ FAST = {
     "MEDSORA_PROGRESS_INTERVAL_S": "0",
     "MEDSORA_BATCH_INTERVAL_S": "0.1",
     "MEDSORA_MIN_FREE_BYTES": "0",
+    "MEDSORA_DRAIN_S": "0",
     # Two processes that each start a thread a core slow each other down forty times; the tiny model needs one.
     "OMP_NUM_THREADS": "1",
 }
 
 
-def wait_until(condition: Callable[[], T], *, timeout_s: float, what: str | Callable[[], str]) -> T:
-    """Wait for something true and return it; ``what`` says what never came."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        value = condition()
-        if value:
-            return value
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {timeout_s:g} s: {what if isinstance(what, str) else what()}")
-        time.sleep(0.02)
+@pytest.fixture(scope="session")
+def fast_settings() -> dict[str, str]:
+    """Variables of servers that are quick to notice things."""
+    return dict(FAST)
 
 
 def _thread_states(pid: int) -> list[str]:
@@ -215,7 +207,7 @@ class RunningServer:
 
     def files(self) -> list[str]:
         """Names of all files in the store, partial ones included."""
-        return [str(path.relative_to(self.store.root)) for path in self.store.root.rglob("*") if path.is_file()]
+        return [found.key for found in self.store.objects.list()]
 
     def remaining_processes(self) -> list[str]:
         """Every process of this server that still runs, found by the data folder in its environment."""

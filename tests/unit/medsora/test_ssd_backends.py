@@ -50,7 +50,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, s
     monkeypatch.setattr(backends, "_TABLE", read_table(path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: machine["name"])
-    monkeypatch.setattr(backends, "_kernels_problem", lambda: machine["problem"])
+    monkeypatch.setattr(backends, "kernels_problem", lambda: machine["problem"])
     forget_choices()
     yield machine
     forget_choices()
@@ -148,10 +148,10 @@ def test_a_broken_installation_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         (RuntimeError("no driver"), r"cannot be imported \(RuntimeError: no driver\)"),
     ):
         monkeypatch.setattr(backends, "import_module", lambda name, error=error: fail(error))
-        backends._kernels_problem.cache_clear()
+        backends.kernels_problem.cache_clear()
         with pytest.raises(BackendError, match=said):
             backends.load_kernels("mamba_ssm.ops.triton.ssd_combined")
-    backends._kernels_problem.cache_clear()
+    backends.kernels_problem.cache_clear()
 
 
 def test_the_committed_table_is_whole() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from pydantic import SecretStr
 from sqlalchemy import update
 
 from server.api import uploads
@@ -213,3 +214,20 @@ def test_a_writer_that_is_left_leaves_nothing(settings: Settings) -> None:
     assert stored(settings) == []
     with pytest.raises(ValueError, match="not a file id"):
         store.path("file-../../x")
+
+
+def test_a_bucket_that_is_down_is_told_as_such(settings: Settings) -> None:
+    down = {
+        "storage_url": "s3://bucket",
+        "s3_endpoint_url": "http://127.0.0.1:1",
+        "s3_region": "x",
+        "s3_access_key_id": "a",
+        "s3_secret_access_key": SecretStr("b"),
+        "s3_timeout_s": 0.5,
+    }
+    with TestClient(create_app(settings.model_copy(update=down))) as client:
+        answer = client.post("/v1/files", files={"file": ("a.jsonl", b"{}\n"), "purpose": (None, "batch")})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "storage_unavailable")
+        assert answer.headers["x-should-retry"] == "true"
+        assert "file store does not answer" in client.get("/health/ready").json()["checks"]["disk"]["reason"]
+        assert client.post("/v1/videos", json={"prompt": "covid lung"}).status_code == 200, "it waits for the bucket"

@@ -21,8 +21,8 @@ def members(tmp_path: Path) -> list[Member]:
     (tmp_path / "file").write_bytes(content)
     first, second = content[:1234], content[1234:]
     pieces = [
-        FilePiece(tmp_path / "file", 0, len(first), zlib.crc32(first)),
-        FilePiece(tmp_path / "file", len(first), len(second), zlib.crc32(second)),
+        FilePiece(partial((tmp_path / "file").open, "rb"), 0, len(first), zlib.crc32(first)),
+        FilePiece(partial((tmp_path / "file").open, "rb"), len(first), len(second), zlib.crc32(second)),
     ]
     return [
         Member.of("a/first.bin", *pieces[:1]),
@@ -93,7 +93,7 @@ def test_members_of_more_than_four_gigabytes(tmp_path: Path) -> None:
     path, size = tmp_path / "hole", 2**32 + 5
     with path.open("wb") as file:
         file.truncate(size)
-    pieces = [FilePiece(path, 0, size, 0)]
+    pieces = [FilePiece(partial(path.open, "rb"), 0, size, 0)]
     members = [Member.of("large", *pieces), Member.of("behind", b"it")]
     archive = Archive("zip", [lambda: members])
     total = archive.size()
@@ -163,7 +163,7 @@ def test_what_has_gone_meanwhile_is_noticed() -> None:
 
 def test_a_file_that_was_cut_off_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"short")
-    pieces = [FilePiece(tmp_path / "file", 0, 10, 0)]
+    pieces = [FilePiece(partial((tmp_path / "file").open, "rb"), 0, 10, 0)]
     archive = Archive("tar", [lambda: [Member.of("a", *pieces)]])
     with pytest.raises(OSError, match="shorter"):
         list(archive.read(0, archive.size()))

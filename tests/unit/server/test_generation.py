@@ -34,6 +34,7 @@ from server.jobs.measures import BATCH_SIZE
 from server.jobs.model import JobStatus
 from server.jobs.repository import JobRecord, JobRepository
 from server.measures import read_measures
+from server.objects import StorageUnavailableError
 from server.settings import Settings
 from server.storage import ArtifactStore, Variant
 from server.worker.batch_limits import BatchLimits
@@ -41,6 +42,7 @@ from server.worker.dataset_clips import DatasetClips
 from server.worker.generation import run_jobs
 from server.worker.runtime import WorkerRuntime
 from server.worker.signing import check_signature
+from server.worker.storage_watch import StorageWatch
 
 AddJob = Callable[..., str]
 
@@ -91,7 +93,9 @@ class Bench:
                 worker_id="w",
                 repository=repository,
                 store=self.store,
+                storage=StorageWatch(self.store.objects),
                 stopping=self.stopping,
+                giving_up=self.stopping,
                 pipeline=lambda name: (served, self.model),
                 dataset_clips=DatasetClips(
                     DatasetRepository(database, lease_s=60.0), DatasetFiles(folder / "datasets")
@@ -109,7 +113,7 @@ class Bench:
         return job
 
     def files(self) -> list[str]:
-        return sorted(path.name for path in self.store.root.rglob("*") if path.is_file())
+        return sorted(path.name for path in self.store.objects.root.rglob("*") if path.is_file())
 
 
 def files_of(job_id: str, attempt: int) -> list[str]:
@@ -355,7 +359,7 @@ try:
     store.write(job, 1, lambda path: write_mp4(path, noise, fps=8.0), lambda path: None)
     sys.exit("no error")
 except StorageFullError:
-    assert not [path for path in store.root.rglob("*") if path.is_file()]
+    assert not [path for path in store.objects.root.rglob("*") if path.is_file()]
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 store.write(job, 1, lambda path: write_mp4(path, noise, fps=8.0), lambda path: None)
 """
@@ -645,3 +649,33 @@ def test_preview_of_a_followed_job(bench: Bench, add_job: AddJob) -> None:
     bench.run(followed)
     assert shown
     assert set(shown) <= {1, 2, 3, 4}
+
+
+def test_a_bucket_that_fails_costs_no_attempt(bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id, next_id = add_job(), add_job(seed=8, num_inference_steps=8)
+    is_down = True
+    publish, probes = bench.store.objects.publish, []
+
+    def fail(*arguments: Any) -> None:
+        if is_down:
+            raise StorageUnavailableError("the bucket does not answer")
+        publish(*arguments)
+
+    def probe() -> None:
+        probes.append(is_down)
+        if is_down:
+            raise StorageUnavailableError("the bucket does not answer")
+
+    monkeypatch.setattr(bench.store.objects, "publish", fail)
+    monkeypatch.setattr(bench.store.objects, "probe", probe)
+    for _ in range(5):  # far more than a job has attempts
+        job = bench.run(job_id)
+        assert job.status is JobStatus.QUEUED
+    assert (job.attempt, job.handed_back) == (1, 1), "it is not begun again while files cannot be stored"
+    assert len(probes) >= 5
+    is_down = False
+    assert bench.run(job_id).status is JobStatus.SUCCEEDED
+    assert bench.run(next_id).status is JobStatus.SUCCEEDED
+    assert sorted(bench.files()) == sorted(
+        name for each in (job_id, next_id) for name in files_of(each, bench.run(each).attempt)
+    )

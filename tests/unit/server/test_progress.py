@@ -24,7 +24,7 @@ def claims(repository: JobRepository, add_job: AddJob) -> list[Claim]:
 
 def keep(repository: JobRepository, claims: list[Claim], **changes: Any) -> ClaimKeeper:
     options: dict[str, Any] = {
-        "lease_s": 60.0, "heartbeat_s": 30.0, "progress_interval_s": 0.0, "stopping": threading.Event(),
+        "lease_s": 60.0, "heartbeat_s": 30.0, "progress_interval_s": 0.0, "giving_up": threading.Event(),
     }  # fmt: skip
     keeper = ClaimKeeper(repository, **{**options, **changes})
     keeper.keep(claims)
@@ -103,7 +103,7 @@ def test_lost_claims_stop_at_the_next_step(
 
 def test_stopping_worker_stops_at_the_next_step(repository: JobRepository, claims: list[Claim]) -> None:
     stopping = threading.Event()
-    with keep(repository, claims, stopping=stopping) as keeper:
+    with keep(repository, claims, giving_up=stopping) as keeper:
         keeper.on_step(claims, 1)
         stopping.set()
         with pytest.raises(WorkerStopping):
