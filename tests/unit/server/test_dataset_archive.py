@@ -34,13 +34,15 @@ def members(tmp_path: Path) -> list[Member]:
     ]
 
 
+def _read(piece: FilePiece) -> bytes:
+    with piece.open() as file:
+        return file.read()[piece.offset :][: piece.size]
+
+
 def _contents(members: Iterable[Member]) -> dict[str, bytes]:
     found = {}
     for member in members:
-        found[member.name] = b"".join(
-            piece if isinstance(piece, bytes) else piece.path.read_bytes()[piece.offset :][: piece.size]
-            for piece in member.pieces()
-        )
+        found[member.name] = b"".join(piece if isinstance(piece, bytes) else _read(piece) for piece in member.pieces())
     return found
 
 
