@@ -24,7 +24,7 @@ def api_problem(settings: Settings) -> str | None:
         connection.request("GET", "/health/live")
         status = connection.getresponse().status
     except (OSError, http.client.HTTPException) as error:
-        return f"{host}:{settings.port} does not answer: {error or type(error).__name__}"
+        return f"{host}:{settings.port} does not answer: {str(error) or type(error).__name__}"
     finally:
         connection.close()
     return None if status == 200 else f"{host}:{settings.port} answers with status {status}"

@@ -26,7 +26,8 @@ error that names the nearest known one, and so is a value out of range. Options 
 Each secret can come from a file instead: `MEDSORA_REDIS_PASSWORD_FILE=/run/secrets/redis_password` names
 a file whose text is the value. Setting both is an error. Lists are separated by commas.
 
-This page is made from `server/settings.py` by `./run settings`; an installed server prints it: `medsora-server settings`.
+This page is made from `server/settings.py` by `./run settings`; an installed server prints it by
+`medsora-server settings`.
 
 | variable | type and range | default | meaning |
 |---|---|---|---|
@@ -64,7 +65,7 @@ def markdown_page() -> str:
     rows = []
     for one in describe_settings():
         default = f"`{one.default}`" if one.default else "none"
-        name = f"`{one.variable}`" + (f", `…{FILE_SUFFIX}`" if one.is_secret else "")
+        name = f"`{one.variable}`" + (f", `\u2026{FILE_SUFFIX}`" if one.is_secret else "")
         rows.append(f"| {name} | {one.kind} | {default} | {one.meaning} |".replace("|none|", "| none |"))
     return _HEAD + "\n".join(rows) + "\n"
 
