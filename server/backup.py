@@ -215,9 +215,10 @@ def _copy_files(
     for kind in get_args(Kind):
         objects, target = objects_of(settings, kind), LocalObjects(folder / kind)
         keys = {name.removeprefix(f"{kind}/") for name in wanted if name.startswith(f"{kind}/")}
-        if kind == "artifacts":  # of what made a video the database knows no hash
+        if kind == "artifacts":  # of these the database knows no hash, nor whether a video has them
             store = ArtifactStore(objects)
-            keys |= {store.key(key, Variant.PROVENANCE) for key in keys if key.endswith(".mp4")}
+            videos = [key for key in keys if key.endswith(".mp4")]
+            keys |= {store.key(key, beside) for key in videos for beside in (Variant.PROVENANCE, Variant.LOSSLESS)}
         for key in sorted(keys - {name.removeprefix(f"{kind}/") for name in copied}):
             try:
                 about = _copy(objects, target, key)

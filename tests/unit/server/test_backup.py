@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from postgres_cluster import PostgresCluster
+from pydantic import SecretStr
 from s3_server import S3Server
 from typer.testing import CliRunner
 
@@ -21,6 +23,7 @@ from server.objects import objects_of
 from server.settings import Settings
 from server.storage import ArtifactStore, Variant
 
+EVERYWHERE = pytest.mark.parametrize("make_settings", ["folder", "bucket", "postgresql"], indirect=True)
 ANSWER = b'{"custom_id": "a", "method": "POST", "url": "/v1/videos", "body": {"prompt": "covid lung"}}\n'
 
 
@@ -70,10 +73,13 @@ class Place:
 
 @pytest.fixture(params=["folder", "bucket"])
 def make_settings(request: pytest.FixtureRequest, tmp_path: Path, tiny_checkpoint: Path) -> Callable[[str], Settings]:
-    """Settings of servers that have nothing in common, which keep files in a folder, or in a bucket each."""
+    """Settings of servers that have nothing in common: files in a folder, or in a bucket each, jobs in PostgreSQL."""
 
     def make(name: str) -> Settings:
         fields: dict[str, Any] = {}
+        if request.param == "postgresql":
+            cluster: PostgresCluster = request.getfixturevalue("postgres_cluster")
+            fields = {"database_url": SecretStr(cluster.url(cluster.create_database(is_empty=True)))}
         if request.param == "bucket":
             server: S3Server = request.getfixturevalue("s3_server")
             fields = server.settings(server.make_bucket())
@@ -95,11 +101,12 @@ def place(make_settings: Callable[[str], Settings], job_values: dict[str, Any]) 
     made.close()
 
 
+@EVERYWHERE
 def test_what_is_put_back_is_what_was_there(
     place: Place, make_settings: Callable[[str], Settings], tmp_path: Path
 ) -> None:
     summary = make_backup(place.settings, tmp_path / "backup")
-    assert (summary.objects, summary.damaged, summary.running) == (5, [], 1)
+    assert (summary.objects, summary.damaged, summary.running) == (6, [], 1)
     after = make_settings("new")
     assert restore_backup(after, tmp_path / "backup").running == 1
     with TestClient(create_app(after)) as client:
@@ -118,6 +125,7 @@ def test_what_is_put_back_is_what_was_there(
     database.close()
 
 
+@EVERYWHERE
 def test_a_file_that_is_deleted_meanwhile_is_not_missed(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,8 +201,6 @@ def test_nothing_is_overwritten(place: Place, tmp_path: Path) -> None:
 
 
 def _url(path: Path) -> Any:
-    from pydantic import SecretStr
-
     return SecretStr(f"sqlite:///{path}")
 
 
@@ -219,7 +225,7 @@ def test_the_commands(
     monkeypatch.setenv("MEDSORA_CHECKPOINTS", str(tiny_checkpoint))
     runner, folder = CliRunner(), str(tmp_path / "backup")
     done = runner.invoke(app, ["backup", folder, "--data-dir", str(tmp_path / "old")])
-    assert (done.exit_code, "database and 5 files" in done.stdout) == (0, True)
+    assert (done.exit_code, "database and 6 files" in done.stdout) == (0, True)
     done = runner.invoke(app, ["backup", folder, "--data-dir", str(tmp_path / "old")])
     assert (done.exit_code, "not empty" in done.stderr) == (2, True)
     done = runner.invoke(app, ["backup", str(tmp_path / "x"), "--data-dir", str(tmp_path / "none")])
