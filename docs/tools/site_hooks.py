@@ -23,22 +23,10 @@ AS_PAGES = {**ELSEWHERE, "README.md": "index.md"}
 _LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^)\s]+)\)")
 
 
-PLANNED = {
-    f"{name}.md"
-    for name in ("playground", "deployment", "operations", "settings", "security", "storage", "postgresql", "faults")
-}
-"""Pages that the navigation names before they are there."""
-
-
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Decisions go to the end of the last section, by number."""
     decisions = [f"decisions/{path.name}" for path in sorted((ROOT / "docs" / "decisions").glob("*.md"))]
     sections: Any = config.nav
-    missing = {name for name in PLANNED if not (ROOT / "docs" / name).exists()}
-    for section in sections:
-        for title, entries in section.items():
-            if isinstance(entries, list):
-                section[title] = [entry for entry in entries if entry not in missing]
     sections[-1]["Contribute"].append({"Decisions": decisions})
     return config
 

@@ -30,7 +30,7 @@ FAST = {
     "MEDSORA_PUBLISH_GRACE_S": "1",
     "MEDSORA_WORKER_HEARTBEAT_S": "0.5",
     "MEDSORA_PROGRESS_INTERVAL_S": "0",
-    "MEDSORA_BATCH_INTERVAL_S": "0.1",
+    "MEDSORA_BATCH_INTERVAL_S": "0.25",
     "MEDSORA_MIN_FREE_BYTES": "0",
     "MEDSORA_DRAIN_S": "0",
     # Two processes that each start a thread a core slow each other down forty times; the tiny model needs one.

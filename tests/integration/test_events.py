@@ -21,7 +21,7 @@ from PIL import Image
 if TYPE_CHECKING:
     from conftest import RunningServer, StartServer
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.alone]
 
 
 def events_of(answer: httpx.Response) -> Iterator[dict[str, Any]]:

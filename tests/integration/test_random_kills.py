@@ -19,7 +19,7 @@ from server.jobs.model import Job, JobStatus
 if TYPE_CHECKING:
     from conftest import RunningServer, StartServer
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.integration, pytest.mark.alone, pytest.mark.timeout(1200)]
 
 KILLS = {"sampling process": 12, "worker": 7, "redis-server": 30, "api": 21, "reaper": 30}
 """A hundred. What samples takes seconds to be back, and is killed while it works on something."""

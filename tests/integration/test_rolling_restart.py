@@ -25,9 +25,9 @@ from server.jobs.repository import JobRepository
 from server.jobs.workers import WorkerRegistry
 from server.objects import objects_of
 from server.settings import Settings
-from server.storage import ArtifactStore
+from server.storage import ArtifactStore, Variant
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.alone]
 
 
 class Host:
@@ -254,6 +254,8 @@ def test_hosts_share_but_a_database_and_a_bucket(cluster: Cluster, tmp_path: Pat
             assert hashlib.sha256(whole.content).hexdigest() == job.sha256
             assert whole.headers["content-type"] == "video/mp4"
             assert f"{job_id}.mp4" in whole.headers["content-disposition"]
+            direct = client.get(f"{url}/v1/videos/{job_id}/content", headers={"x-medsora-links": "none"})
+            assert (direct.status_code, len(direct.history), direct.content) == (200, 0, whole.content)
             part = client.get(f"{url}/v1/videos/{job_id}/content", headers={"range": "bytes=10-19"})
             assert (part.status_code, part.content) == (206, whole.content[10:20])
             head = client.head(f"{url}/v1/videos/{job_id}/content")
@@ -270,7 +272,7 @@ def test_hosts_share_but_a_database_and_a_bucket(cluster: Cluster, tmp_path: Pat
             assert stream.status_code == 200
             assert stream.content[4:8] == b"ftyp"
         store = ArtifactStore(objects_of(Settings(data_dir=tmp_path, **cluster.bucket), "artifacts"))
-        assert [found.job_id for found in store.files() if found.job_id == job_id] == [job_id] * 4
+        assert [found.job_id for found in store.files() if found.job_id == job_id] == [job_id] * len(Variant)
         assert client.delete(f"{cluster.urls[0]}/v1/videos/{job_id}").status_code == 200
         wait_until(
             lambda: job_id not in {found.job_id for found in store.files()}, timeout_s=30, what="an empty bucket"
