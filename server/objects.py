@@ -107,7 +107,11 @@ class Objects(ABC):
 
     @abstractmethod
     def local(self, key: str) -> AbstractContextManager[Path]:
-        """The object as a file on this machine, for those that want a path. Not to be changed."""
+        """The object as a file on this machine, for those that want a path. Not to be changed.
+
+        Raises:
+            FileNotFoundError: It is not there.
+        """
 
     @abstractmethod
     def copy(self, origin: "Objects", origin_key: str, key: str) -> None:
@@ -194,6 +198,7 @@ class LocalObjects(Objects):
 
     @contextmanager
     def local(self, key: str) -> Iterator[Path]:
+        self.size(key)  # raises where there is none
         yield self.path(key)
 
     def copy(self, origin: Objects, origin_key: str, key: str) -> None:

@@ -213,9 +213,10 @@ def get_content(
             objects = services.store.objects
             return send_object(request, objects, key, etag=etag, media_type=media_type, filename=filename)
         headers = {"etag": etag, "cache-control": "private, no-cache"}
+        services.store.objects.size(key)  # raises where there is none
+        if is_known(request, etag):
+            return Response(status_code=304, headers=headers)
         with services.store.objects.local(key) as path:
-            if is_known(request, etag):
-                return Response(status_code=304, headers=headers)
             return _converted(services, job, path, form, headers, filename)
     except FileNotFoundError:
         raise _missing(video_id, stored, variant) from None

@@ -87,8 +87,8 @@ def test_what_is_not_there_says_so(make: MakeObjects) -> None:
         objects.size("ab/none")
     with pytest.raises(FileNotFoundError):
         objects.open("ab/none")
-    with pytest.raises(FileNotFoundError), objects.local("ab/none") as path:
-        path.read_bytes()
+    with pytest.raises(FileNotFoundError), objects.local("ab/none"):
+        pytest.fail("there is none")
     with pytest.raises(FileNotFoundError):
         objects.follow("ab/none")
     with pytest.raises(FileNotFoundError):
