@@ -14,7 +14,7 @@ __all__ = ["is_known", "send_object"]
 
 _PIECE_BYTES = 256 * 1024
 _NO_LINKS = ("x-medsora-links", "none")
-"""Header of a request whose sender cannot go where links lead: the playground's policy lets it reach this server alone."""
+"""Header of a request whose sender cannot go where links lead: the playground may reach this server alone."""
 
 
 def send_object(

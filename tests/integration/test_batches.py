@@ -25,7 +25,11 @@ from server.jobs.model import Job
 if TYPE_CHECKING:
     from conftest import RunningServer
 
-pytestmark = [pytest.mark.integration, pytest.mark.alone, pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.alone,
+    pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning"),
+]
 
 ENDED = ("completed", "failed", "expired", "cancelled")
 

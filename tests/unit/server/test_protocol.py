@@ -216,7 +216,7 @@ class JobProtocol(RuleBasedStateMachine):
             connection.execute(update(IdempotentRequest).values(moved))
         for file in self._store.files():
             then = time.time() - file.age_s - seconds
-            os.utime(self._store.root / file.name, (then, then))
+            os.utime(self._store.path(file.name), (then, then))
 
     @rule()
     def reap(self) -> None:
