@@ -125,6 +125,19 @@ def test_what_is_put_back_is_what_was_there(
     database.close()
 
 
+@pytest.mark.parametrize("make_settings", ["folder"], indirect=True)
+def test_a_backup_of_folders_is_put_into_a_bucket(
+    place: Place, make_settings: Callable[[str], Settings], s3_server: S3Server, tmp_path: Path
+) -> None:
+    make_backup(place.settings, tmp_path / "backup")
+    fields = make_settings("new").model_dump(exclude_unset=True)
+    after = Settings(**fields, **s3_server.settings(s3_server.make_bucket()))
+    restore_backup(after, tmp_path / "backup")
+    with TestClient(create_app(after)) as client:
+        assert client.get(f"/v1/videos/{place.done}/content").content == Variant.VIDEO.encode()
+    assert not (tmp_path / "new" / "artifacts").exists()
+
+
 @EVERYWHERE
 def test_a_file_that_is_deleted_meanwhile_is_not_missed(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

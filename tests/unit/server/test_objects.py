@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import http.client
+import io
 import socket
 import threading
 import urllib.parse
@@ -11,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.awsrequest import AWSResponse
 from s3_server import S3Server
 
 from medsora.files import sync
 from server import s3
-from server.objects import LocalObjects, Objects, StorageUnavailableError, objects_of
+from server.objects import LocalObjects, Objects, StorageFullError, StorageUnavailableError, objects_of
 from server.s3 import S3Objects
 from server.settings import Settings, SettingsError
 
@@ -265,6 +267,30 @@ def test_a_store_that_is_silent(bucket: Callable[..., S3Objects], silent_port: i
     objects = bucket(s3_endpoint_url=f"http://127.0.0.1:{silent_port}", s3_timeout_s=0.5)
     with pytest.raises(StorageUnavailableError, match="does not answer"):
         objects.size("ab/one")
+
+
+class _Body(io.BytesIO):
+    """What boto3 reads an answer from."""
+
+    def stream(self, **_: Any) -> Iterator[bytes]:
+        yield self.read()
+
+
+@pytest.mark.parametrize("code", ["QuotaExceeded", "XMinioStorageFull"])
+def test_a_bucket_that_is_full(bucket: Callable[..., S3Objects], code: str) -> None:
+    objects = bucket()
+
+    def refuse(request: Any, **_: Any) -> AWSResponse:
+        body = f"<Error><Code>{code}</Code><Message>no room</Message></Error>".encode()
+        return AWSResponse(request.url, 507, {"content-type": "application/xml"}, _Body(body))
+
+    objects._client.meta.events.register("before-send.s3.PutObject", refuse)
+    try:
+        with pytest.raises(StorageFullError, match="no room for ab/one"):
+            put(objects, "ab/one", b"abc")
+    finally:
+        objects._client.meta.events.unregister("before-send.s3.PutObject", refuse)
+    assert list(objects.list()) == []
 
 
 def test_a_bucket_that_does_not_exist(bucket: Callable[..., S3Objects]) -> None:
