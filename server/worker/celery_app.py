@@ -13,6 +13,7 @@ from celery.signals import setup_logging
 from server.jobs.queue import QUEUE_NAME, VISIBILITY_TIMEOUT_S, transport_options
 from server.logs import configure_logging
 from server.settings import Settings, get_settings
+from server.worker.broker_watch import BrokerWatch
 
 __all__ = ["child_process_ids", "configure_worker_logging", "make_celery", "worker_arguments"]
 
@@ -55,12 +56,14 @@ def make_celery(settings: Settings) -> Celery:
         accept_content=["json"],
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
-        broker_transport_options=transport_options(socket_timeout_s=10, connect_timeout_s=5),
+        # What asks Redis on a dead connection waits that long, one after another.
+        broker_transport_options=transport_options(socket_timeout_s=3, connect_timeout_s=3),
         visibility_timeout=VISIBILITY_TIMEOUT_S,
         worker_send_task_events=False,
         task_send_sent_event=False,
         worker_redirect_stdouts=False,
     )
+    app.steps["consumer"].add(BrokerWatch)
     return app
 
 

@@ -87,7 +87,7 @@ def test_connections_that_die_without_a_word(server: "RunningServer", link: Faul
     server.wait_ready()
     assert link.freeze() >= 3, "worker, API and reaper have a connection each"
     job_ids = submit_quickly(server, range(3))
-    # 21 s measured: a read gives up after 10 s, and so does the one that follows it
+    # a read gives up after 3 s, and so does each that follows it
     assert_made_once(server, job_ids, within_s=90)
     server.wait_ready()
 
@@ -153,6 +153,6 @@ def test_a_job_that_runs_while_its_connection_dies_is_made_once(server: "Running
     assert_made_once(server, [job_id, *submit_quickly(server, range(1))], within_s=90)
 
 
-@pytest.mark.xfail(strict=False, reason="it may take more than 90 s; the jobs wait meanwhile, and none is lost")
 def test_the_worker_of_such_a_job_soon_hears_the_broker_again(server: "RunningServer") -> None:
-    assert_made_once(server, submit_quickly(server, range(1)), within_s=40)
+    """Its acknowledgement is lost. 4 s measured: 3 s until it is given up, and a look that finds it missing."""
+    assert_made_once(server, submit_quickly(server, range(1)), within_s=30)
