@@ -134,7 +134,7 @@ def test_frozen_worker_comes_back_too_late(server: "RunningServer", tmp_path: Pa
         command = [sys.executable, "-m", "server.cli", "worker"]
         second = subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[2], stdout=log, stderr=log)
         try:
-            job = server.wait_for(job_id, "succeeded", "failed")
+            job = server.wait_for(job_id, "succeeded", "failed", timeout_s=120)  # a whole worker starts first
             assert (job.status.value, job.attempt) == ("succeeded", 2)
             assert job.worker is not None
             assert f":{pid}:" not in job.worker
