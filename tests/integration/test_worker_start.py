@@ -13,7 +13,7 @@ import pytest
 if TYPE_CHECKING:
     from conftest import RunningServer, StartServer
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.alone]
 
 
 @pytest.fixture
