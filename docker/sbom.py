@@ -35,7 +35,9 @@ def debian_packages() -> list[dict[str, Any]]:
     if not Path("/var/lib/dpkg/status").exists():
         return []
     form = "${Package}\\t${Version}\\t${Architecture}\\n"
-    lines = subprocess.run(["dpkg-query", "-W", "-f", form], stdout=subprocess.PIPE, text=True, check=True).stdout
+    lines = subprocess.run(
+        ["/usr/bin/dpkg-query", "-W", "-f", form], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
     components = []
     for line in lines.splitlines():
         name, version, architecture = line.split("\t")

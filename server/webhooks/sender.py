@@ -43,7 +43,7 @@ def retry_pause_s(attempt: int, *, first_s: float, most: int) -> float | None:
     if attempt >= most:
         return None
     pause: float = min(first_s * _GROWTH ** (attempt - 1), _LONGEST_PAUSE_S)
-    return pause * random.uniform(0.75, 1.25)
+    return pause * random.uniform(0.75, 1.25)  # nosec B311
 
 
 class WebhookSender:

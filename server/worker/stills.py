@@ -1,10 +1,10 @@
 """Pictures made from a clip: a thumbnail, a sheet of its frames, one that moves; each says that it is synthetic."""
 
+import html
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape
 
 import numpy as np
 from PIL import Image
@@ -121,4 +121,4 @@ def _marks(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _language_default(text: str) -> str:
-    return f'<rdf:li xml:lang="x-default">{escape(text)}</rdf:li>'
+    return f'<rdf:li xml:lang="x-default">{html.escape(text, quote=False)}</rdf:li>'
