@@ -36,7 +36,7 @@ def require_credit(qos: Any, requests: int) -> None:
         )
 
 
-class BrokerWatch(bootsteps.StartStopStep):
+class BrokerWatch(bootsteps.StartStopStep):  # type: ignore[misc]
     """Looks every few seconds, in the loop that also takes messages: so never between the two counts."""
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
