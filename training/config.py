@@ -120,7 +120,7 @@ class LoopConfig:
     steps: int
     """The run ends after so many optimizer steps."""
     total_seconds: float | None = None
-    """The run also ends after so many seconds of training, all its legs together."""
+    """The run also ends after so many seconds of training, all its legs together; loading is none, evaluation is."""
     clock: str = "steps"
     """What the learning rate follows: ``steps``, or ``seconds`` (of ``total_seconds``; then a resumed run is
     not bit-exact, since no two machines take the same time)."""

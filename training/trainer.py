@@ -53,7 +53,7 @@ class TrainResult:
     step: int
     """Steps done, all legs together."""
     seconds: float
-    """Training time, all legs together."""
+    """Training time, all legs together: with evaluations, without loading and what else comes before the loop."""
     is_finished: bool
     """False: stopped by a signal or the time budget, to be resumed."""
     reason: str
@@ -135,13 +135,14 @@ def train(
         TrainingError: The folder holds a run already (and ``is_resuming`` is false), or another run; the batch
             cannot be shared out evenly; the last checkpoint cannot be written.
     """
-    started = time.monotonic() if started is None else started
+    began = time.monotonic()
     processes = processes or Processes(device)
     loop = config.loop
     if loop.batch_size % processes.count:
         raise TrainingError(f"loop.batch_size {loop.batch_size} cannot be shared out to {processes.count} processes")
     if processes.count > 1:
         task.take_share(processes.share)
+    prepared_s = processes.from_first(0.0 if started is None else began - started)
     state = _state_to_resume(directory, config, is_resuming, processes, report)
     step, seconds_before = (0, 0.0) if state is None else (state.step, state.seconds)
     trained = Trained(task, config, processes, state)
@@ -157,7 +158,7 @@ def train(
     del state
 
     def elapsed() -> float:
-        return time.monotonic() - started
+        return time.monotonic() - began
 
     def check() -> None:
         """Wait for the device; raise if any step so far was not finite."""
@@ -223,7 +224,7 @@ def train(
     ):
         while True:
             seconds, signal_number = processes.agree(seconds_before + elapsed(), signal_received())
-            leg_seconds = seconds - seconds_before
+            leg_seconds = seconds - seconds_before + prepared_s
             reason, is_finished = _reason_to_stop(config, step, seconds, leg_seconds, time_budget_s, signal_number)
             if reason:
                 break

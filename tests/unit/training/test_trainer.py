@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -175,6 +176,18 @@ def test_total_seconds_end_the_run_with_an_evaluation(tmp_path: Path) -> None:
     result = train(Regression(), timed, tmp_path, device=CPU, report=quiet)
     assert (result.step, result.is_finished) == (0, True)
     assert set(result.metrics["ema-6.5"]) == {"norm"}
+
+
+def test_loading_and_compiling_count_for_the_time_budget_and_not_as_training(tmp_path: Path) -> None:
+    an_hour_ago = time.monotonic() - 3600
+    timed = config(total_seconds=600.0, clock="seconds")
+    result = train(Regression(), timed, tmp_path / "a", device=CPU, started=an_hour_ago, report=quiet)
+    assert (result.step, result.is_finished) == (60, True)
+    assert result.seconds < 600
+    result = train(
+        Regression(), timed, tmp_path / "b", device=CPU, started=an_hour_ago, time_budget_s=3000, report=quiet
+    )
+    assert (result.step, result.is_finished) == (0, False)
 
 
 def test_nan_stops_the_run_and_names_the_step(tmp_path: Path) -> None:
