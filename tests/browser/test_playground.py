@@ -19,7 +19,7 @@ from server.keys.model import ALL_SCOPES
 from server.keys.repository import KeyRepository
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, BrowserContext, Locator, Page
+    from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route
 
     from tests.integration.conftest import RunningServer
 
@@ -105,6 +105,18 @@ def test_spectrum_and_flow_of_the_shown_frame(page: Page, clips: list[str]) -> N
         colours = "canvas => new Set(canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data).size"
         page.wait_for_function(f"canvas => canvas.width > 1 && ({colours})(canvas) > 10", arg=canvas.element_handle())
     assert page.get_by_role("img", name="Colour wheel").count() == 2
+
+
+def test_overlays_may_be_asked_for_before_the_videos_are_here(page: Page, clips: list[str]) -> None:
+    held: "list[Route]" = []
+    page.route("**/content*", lambda route: held.append(route))
+    page.goto(f"/#/compare?ids={','.join(clips)}")
+    page.get_by_label("Spectrum").check()
+    assert page.get_by_role("img", name="Spectrum of the frame").count() == 0
+    page.route("**/content*", lambda route: route.continue_())  # of two the later one is asked
+    for route in held:
+        route.continue_()
+    page.get_by_role("img", name="Spectrum of the frame").first.wait_for()
 
 
 def test_figures_of_spectrum_and_flow_are_right(page: Page) -> None:

@@ -20,6 +20,8 @@ export class Stage {
     this.transport = /** @type {Transport|null} */ (null);
     /** @type {Overlays[]} */
     this.overlays = [];
+    /** Names of overlays that are asked for, also before the videos are here. @type {Set<"spectrum"|"flow">} */
+    this.wanted = new Set();
     this.figures = el("div", { class: `figures of-${Math.min(4, videos.length)}` });
     this.element = el("div", { class: "stage", onkeydown: (/** @type {KeyboardEvent} */ event) => this.#onKey(event) },
       this.figures, this.#controls());
@@ -34,6 +36,7 @@ export class Stage {
         "aria-label": `Synthetic video, ${video.label}, seed ${video.seed}` });
       const overlays = new Overlays(urls[place], video);
       this.overlays.push(overlays);
+      for (const name of this.wanted) overlays.set(name, true).catch(() => {});
       this.figures.append(el("figure", { class: "clip" },
         el("div", { class: "screen" }, element, el("span", { class: "badge", text: "Synthetic" })),
         overlays.element, el("figcaption", {}, caption(video))));
@@ -60,6 +63,8 @@ export class Stage {
     const toggles = OVERLAYS.map((name) => {
       const box = el("input", { type: "checkbox", class: "toggle", onchange: () => {
         this.element.classList.toggle("computes", [...this.element.querySelectorAll(".toggle")].some((one) => one.checked));
+        if (box.checked) this.wanted.add(name);
+        else this.wanted.delete(name);
         for (const overlay of this.overlays) overlay.set(name, box.checked).catch(() => {});
       } });
       return el("label", { class: "check" }, box, NAMES[name]);
