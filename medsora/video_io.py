@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,7 +156,7 @@ def mp4_writer(
             "libx264", rate=_rate(path, fps), options={"crf": str(crf), "preset": preset, "threads": "1", "bf": "0"}
         )
         _tag_colours(stream.codec_context, width, height)
-        yield _frame_writer(output, stream)
+        yield _frame_writer(output, stream, partial(_to_yuv, VideoReformatter()))  # its tables outlive a frame
         output.mux(stream.encode())
 
 
@@ -203,7 +204,7 @@ def fragmented_mp4_writer(
         output.metadata.update(tags)
         stream = output.add_stream("libx264", rate=_rate(path, fps), options=options)
         _tag_colours(stream.codec_context, width, height)
-        yield _frame_writer(output, stream)
+        yield _frame_writer(output, stream, partial(_to_yuv, VideoReformatter()))  # its tables outlive a frame
         output.mux(stream.encode())
 
 
@@ -262,16 +263,7 @@ def ffv1_writer(
         context = stream.codec_context
         context.width, context.height = size
         context.pix_fmt = "bgr0"
-        number = itertools.count()
-
-        def write(frames: Frames) -> None:
-            for rgb in frames:
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
-                frame = frame.reformat(format="bgr0")  # only moves bytes
-                frame.pts = next(number)
-                output.mux(stream.encode(frame))
-
-        yield write
+        yield _frame_writer(output, stream, lambda rgb: _rgb_frame(rgb).reformat(format="bgr0"))  # only moves bytes
         output.mux(stream.encode())
 
 
@@ -427,22 +419,26 @@ def _tag_colours(context: Any, width: int, height: int) -> None:
     context.color_trc = ColorTrc.BT709
 
 
-def _frame_writer(output: Any, stream: Any) -> Callable[[Frames], None]:
-    """What encodes the next frames into a stream of an open container."""
-    number, converter = itertools.count(), VideoReformatter()  # its tables take longer than a frame does
+def _frame_writer(output: Any, stream: Any, convert: Callable[[Frames], av.VideoFrame]) -> Callable[[Frames], None]:
+    """What converts the next frames and encodes them into a stream of an open container."""
+    number = itertools.count()
 
     def write(frames: Frames) -> None:
         for rgb in frames:
-            frame = _to_yuv(converter, rgb)
+            frame = convert(rgb)
             frame.pts = next(number)
             output.mux(stream.encode(frame))
 
     return write
 
 
+def _rgb_frame(rgb: Frames) -> av.VideoFrame:
+    return av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
+
+
 def _to_yuv(converter: VideoReformatter, rgb: Frames) -> av.VideoFrame:
     return converter.reformat(
-        av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24"),
+        _rgb_frame(rgb),
         format="yuv420p",
         dst_colorspace=Colorspace.ITU709,
         src_color_range=ColorRange.JPEG,

@@ -258,9 +258,11 @@ def restore_backup(settings: Settings, folder: Path) -> Summary:
             raise BackupError("the backup is of another kind of database than MEDSORA_DATABASE_URL names")
         _check_empty(settings, database)
         summary = Summary(damaged=list(about["damaged"]))
+        # once a kind: in a bucket each look at the settings also sweeps the scratch folder
+        places = {kind: (LocalObjects(folder / kind), objects_of(settings, kind)) for kind in get_args(Kind)}
         for name, known in sorted(about["files"].items()):
             kind, _, key = name.partition("/")
-            put_back = _copy(LocalObjects(folder / kind), objects_of(settings, kind), key)
+            put_back = _copy(*places[kind], key)
             if put_back != known:
                 raise BackupError(f"{folder / name} is damaged: it is not what was copied")
             summary.objects += 1

@@ -6,7 +6,6 @@ ever asked for. The child has bounds on memory and time, and the API process loa
 
 import enum
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ import threading
 from pathlib import Path
 from typing import IO
 
+from server.children import plain_environment
 from server.settings import Settings
 
 __all__ = ["LIMIT_BYTES", "LIMIT_S", "ConversionError", "Form", "convert"]
@@ -26,7 +26,6 @@ LIMIT_BYTES = 4 * 2**30
 """Address space of a child."""
 _children = threading.BoundedSemaphore(2)
 """Children of this process that run at once: others wait."""
-_NEEDED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR")
 _SIGNING = ("c2pa_certificate", "c2pa_private_key", "c2pa_algorithm")
 
 
@@ -54,7 +53,7 @@ def convert(form: Form, source: Path, *, modality: str, settings: Settings) -> I
     Raises:
         ConversionError: It took too long or too much memory, or the stored video is damaged.
     """
-    environment = {name: os.environ[name] for name in _NEEDED if name in os.environ}
+    environment = plain_environment("TMPDIR")
     for name, value in settings.environment().items():
         if name.removeprefix("MEDSORA_").lower() in _SIGNING:
             environment[name] = value

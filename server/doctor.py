@@ -25,7 +25,7 @@ from server.jobs.database import Database, database_now, schema_position
 from server.jobs.model import Job, JobStatus
 from server.jobs.workers import WorkerRegistry
 from server.keys.repository import KeyRepository
-from server.objects import StorageFullError, objects_of
+from server.objects import StorageFullError, nearest_folder, objects_of
 from server.settings import Settings, SettingsError
 
 __all__ = ["Finding", "State", "examine", "show_json", "show_table"]
@@ -253,9 +253,7 @@ def _check_eviction(client: Any) -> Iterator[Finding]:
 
 
 def _check_disk(settings: Settings) -> Iterator[Finding]:
-    folder = settings.data_dir
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
+    folder = nearest_folder(settings.data_dir)
     if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
         advice = f"Give the user that runs the server the right to write {folder}, or set MEDSORA_DATA_DIR."
         yield Finding("disk", State.FAILING, f"{settings.data_dir} cannot be written", advice)

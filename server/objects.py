@@ -29,7 +29,9 @@ __all__ = [
     "StorageFullError",
     "StorageUnavailableError",
     "is_full",
+    "nearest_folder",
     "objects_of",
+    "on_disk",
 ]
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -159,10 +161,7 @@ class Objects(ABC):
 
     def free_bytes(self) -> int:
         """Free bytes on the disk that new objects are written to first."""
-        folder = self._scratch
-        while not folder.exists() and folder != folder.parent:
-            folder = folder.parent
-        return shutil.disk_usage(folder).free
+        return shutil.disk_usage(nearest_folder(self._scratch)).free
 
 
 class LocalObjects(Objects):
@@ -287,6 +286,24 @@ def objects_of(settings: Settings, kind: Literal["artifacts", "files", "datasets
     from server.s3 import s3_objects
 
     return s3_objects(settings, kind)
+
+
+def on_disk(objects: Objects) -> LocalObjects:
+    """The objects as what they are where they lie in a folder: there each has a path.
+
+    Raises:
+        ValueError: They are in a bucket.
+    """
+    if not isinstance(objects, LocalObjects):
+        raise ValueError("files that are kept in a bucket have no path here")
+    return objects
+
+
+def nearest_folder(path: Path) -> Path:
+    """A path, or what is there of the folders above it."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
 
 
 def is_full(error: BaseException | None) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from medsora.files import sha256_of, sync
-from server.objects import GrowingObject, LocalObjects, Objects, StorageFullError, is_full
+from server.objects import GrowingObject, LocalObjects, Objects, StorageFullError, is_full, on_disk
 
 __all__ = ["ArtifactInfo", "ArtifactStore", "StorageFullError", "StoredFile", "Variant", "job_id_of"]
 
@@ -153,7 +153,7 @@ class ArtifactStore:
         Raises:
             ValueError: Not a name of this store, or it keeps its files in a bucket.
         """
-        return _on_disk(self.objects).path(self.key(name, variant))
+        return on_disk(self.objects).path(self.key(name, variant))
 
     def partial_path(self, job_id: str, attempt: int, variant: Variant) -> Path:
         """The path that :meth:`write_all` has a file written to, for what is written together with another one.
@@ -170,7 +170,7 @@ class ArtifactStore:
         Raises:
             ValueError: Not the id of a job, or files are kept in a bucket.
         """
-        return _on_disk(self.objects).path(_live_name(job_id, attempt))
+        return on_disk(self.objects).path(_live_name(job_id, attempt))
 
     def grow_live(self, job_id: str, attempt: int) -> GrowingObject:
         """Begin what can be followed of an attempt at a long video: not whole, nor checked, until it is done.
@@ -246,9 +246,3 @@ def _name(job_id: str, attempt: int, variant: Variant) -> str:
 
 def _live_name(job_id: str, attempt: int) -> str:
     return _name(job_id, attempt, Variant.VIDEO).replace(".mp4", ".live.mp4")
-
-
-def _on_disk(objects: Objects) -> LocalObjects:
-    if not isinstance(objects, LocalObjects):
-        raise ValueError("files that are kept in a bucket have no path here")
-    return objects

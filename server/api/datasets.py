@@ -11,9 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, StrictStr
 
 from medsora.request import random_seed
 from server.api.dependencies import ServicesDep, TenantDep
+from server.api.downloads import is_known
 from server.api.fields import Real, Whole, check_fields, is_storable, parse_size, read_json_object
 from server.api.openapi import error_responses, links, request_body
-from server.api.ranges import check_range, part_of
+from server.api.ranges import check_range, describe_part, part_of
 from server.datasets.archive import CONTAINERS, Archive
 from server.datasets.model import FORMATS, MAX_CLIPS, ClipState, DatasetStatus
 from server.datasets.repository import ClipRecord, DatasetRecord
@@ -354,17 +355,13 @@ def download_dataset(
         "cache-control": "private, no-cache",
         "content-disposition": f'attachment; filename="{dataset.id}.{container}"',
     }
-    if etag in [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]:
+    if is_known(request, etag):
         return Response(status_code=304, headers=headers)
     check_range(request, size)
     begin, end = part_of(request, size, etag)
-    status = 200
-    if end - begin < size:
-        headers["content-range"] = f"bytes {begin}-{end - 1}/{size}"
-        status = 206
-    headers["content-length"] = str(end - begin)
+    status, of_part = describe_part(begin, end, size)
     return StreamingResponse(
-        _send(archive, begin, end), status_code=status, headers=headers, media_type=CONTAINERS[container]
+        _send(archive, begin, end), status_code=status, headers=headers | of_part, media_type=CONTAINERS[container]
     )
 
 

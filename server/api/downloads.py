@@ -7,12 +7,13 @@ from urllib.parse import quote
 from fastapi import Request, Response
 from fastapi.responses import FileResponse, RedirectResponse, StreamingResponse
 
-from server.api.ranges import check_range, part_of
+from server.api.ranges import check_range, describe_part, part_of
 from server.objects import LocalObjects, Objects
 
-__all__ = ["is_known", "send_object"]
+__all__ = ["PIECE_BYTES", "is_known", "send_object"]
 
-_PIECE_BYTES = 256 * 1024
+PIECE_BYTES = 256 * 1024
+"""In which files are sent."""
 _NO_LINKS = ("x-medsora-links", "none")
 """Header of a request whose sender cannot go where links lead: the playground may reach this server alone."""
 
@@ -58,13 +59,10 @@ def send_object(
             return RedirectResponse(link, status_code=307, headers={"cache-control": "private, no-store"})
     check_range(request, size)
     begin, end = part_of(request, size, etag)
-    all_headers |= {"accept-ranges": "bytes", "content-length": str(end - begin)}
+    status, of_part = describe_part(begin, end, size)
+    all_headers |= of_part
     if disposition is not None:
         all_headers["content-disposition"] = disposition
-    status = 200
-    if end - begin < size:
-        all_headers["content-range"] = f"bytes {begin}-{end - 1}/{size}"
-        status = 206
     if request.method == "HEAD":
         return Response(status_code=status, headers=all_headers, media_type=media_type)
     pieces = _pieces(objects, key, begin, end)
@@ -82,7 +80,7 @@ def _pieces(objects: Objects, key: str, begin: int, end: int) -> Iterator[bytes]
         file.seek(begin)
         left = end - begin
         while left:
-            piece = file.read(min(left, _PIECE_BYTES))
+            piece = file.read(min(left, PIECE_BYTES))
             if not piece:
                 raise OSError(f"{key} is shorter than it was")
             left -= len(piece)

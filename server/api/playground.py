@@ -12,6 +12,7 @@ from importlib.resources.abc import Traversable
 
 from fastapi import APIRouter, Request, Response
 
+from server.api.downloads import is_known
 from server.errors import NotFoundError
 
 __all__ = ["POLICY", "make_router"]
@@ -64,7 +65,7 @@ def make_router() -> APIRouter:
         if page is None:
             raise NotFoundError(f"There is no {request.url.path[:80]!r} here.", code="not_found")
         headers = {**_HEADERS, "etag": page.etag}
-        if page.etag in [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]:
+        if is_known(request, page.etag):
             return Response(status_code=304, headers=headers)
         return Response(page.content, media_type=page.media_type, headers=headers)
 

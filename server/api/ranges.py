@@ -6,7 +6,7 @@ from fastapi import Request
 
 from server.errors import RangeError
 
-__all__ = ["check_range", "part_of"]
+__all__ = ["check_range", "describe_part", "part_of"]
 
 _RANGE = re.compile(r"\s*bytes\s*=\s*(\d*)\s*-\s*(\d*)\s*", re.ASCII | re.IGNORECASE)
 
@@ -50,3 +50,11 @@ def part_of(request: Request, size: int, etag: str) -> tuple[int, int]:
         return 0, size
     first, last = match[1], match[2]
     return int(first) if first else max(0, size - int(last)), min(int(last) + 1, size) if first and last else size
+
+
+def describe_part(begin: int, end: int, size: int) -> tuple[int, dict[str, str]]:
+    """Status and headers of an answer that holds these bytes of so many: 206 unless they are all."""
+    headers = {"accept-ranges": "bytes", "content-length": str(end - begin)}
+    if end - begin == size:
+        return 200, headers
+    return 206, {**headers, "content-range": f"bytes {begin}-{end - 1}/{size}"}

@@ -10,7 +10,7 @@ from fastapi.responses import FileResponse, StreamingResponse
 from starlette.background import BackgroundTask
 
 from server.api.dependencies import JobServiceDep, Services, ServicesDep, TenantDep
-from server.api.downloads import is_known, send_object
+from server.api.downloads import PIECE_BYTES, is_known, send_object
 from server.api.fields import (
     CreateVideoFields,
     EditVideoFields,
@@ -32,7 +32,6 @@ __all__ = ["router"]
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
-_PIECE_BYTES = 256 * 1024
 _CONTENT_TYPES = ("multipart/form-data", "application/json")
 _MEDIA_TYPES: dict[Variant | Form, tuple[str, str]] = {
     Variant.VIDEO: ("video/mp4", ".mp4"),
@@ -250,7 +249,7 @@ def _converted(
         "content-disposition": f'attachment; filename="{filename}"',
     }
     file.seek(0)
-    pieces = iter(lambda: file.read(_PIECE_BYTES), b"")
+    pieces = iter(lambda: file.read(PIECE_BYTES), b"")
     closing = BackgroundTask(file.close)
     return StreamingResponse(pieces, headers=headers, media_type=_MEDIA_TYPES[form][0], background=closing)
 

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 from server.files.model import is_file_id
-from server.objects import LocalObjects, Objects, StorageFullError, is_full
+from server.objects import LocalObjects, Objects, StorageFullError, is_full, on_disk
 
 __all__ = ["FileStore", "FileWriter", "FoundFile", "WrittenFile"]
 
@@ -67,10 +67,7 @@ class FileStore:
         Raises:
             ValueError: Not the id of a file, or files are kept in a bucket.
         """
-        key = self.key(file_id)
-        if not isinstance(self.objects, LocalObjects):
-            raise ValueError("files that are kept in a bucket have no path here")
-        return self.objects.path(key)
+        return on_disk(self.objects).path(self.key(file_id))
 
     def open(self, file_id: str) -> BinaryIO:
         """The bytes of a file, to be read from any place.

@@ -5,7 +5,6 @@ headers and counts packets, and decodes nothing. Frames are decoded by the worke
 """
 
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -13,6 +12,8 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from server.children import limit_self, plain_environment
 
 __all__ = ["MEDIA_TYPES", "Media", "MediaError", "inspect", "kind_of_media", "open_video", "read_kind", "video_stream"]
 
@@ -22,7 +23,6 @@ _ORIENTATION = 0x0112  # Exif
 _LIMIT_S = 20
 _children = threading.BoundedSemaphore(4)
 """Children of this process that run at once: uploads beyond them wait."""
-_NEEDED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL")
 _LIMIT_BYTES = 2 * 2**30
 _CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "ffv1", "mjpeg", "mpeg4", "png")
 
@@ -82,9 +82,7 @@ def inspect(path: Path, *, max_frames: int) -> Media:
     """
     path.stat()  # for what the child would not tell apart
     command = [sys.executable, "-m", "server.sources.media", str(path), str(max_frames)]
-    # what reads foreign files need not know the passwords of ours
-    environment = {name: os.environ[name] for name in _NEEDED if name in os.environ}
-    options: dict[str, Any] = {"capture_output": True, "stdin": subprocess.DEVNULL, "env": environment}
+    options: dict[str, Any] = {"capture_output": True, "stdin": subprocess.DEVNULL, "env": plain_environment()}
     try:
         with _children:
             done = subprocess.run(command, timeout=_LIMIT_S, check=False, **options)
@@ -200,10 +198,8 @@ def _inspect_video(path: Path, kind: str, max_frames: int) -> Media:
 
 
 def _main(path: Path, max_frames: int) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (_LIMIT_BYTES, _LIMIT_BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (_LIMIT_S, _LIMIT_S))
+    limit_self(size_bytes=_LIMIT_BYTES, cpu_s=_LIMIT_S)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         kind = read_kind(path)
         found = _inspect_picture(path, kind) if kind in PICTURES else _inspect_video(path, kind, max_frames)

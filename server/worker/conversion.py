@@ -4,7 +4,6 @@
 lossless video, ``preview`` (animated WebP) from the lossless or the MP4. Torch-free.
 """
 
-import resource
 import shutil
 import sys
 import tempfile
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from medsora.clip_files import write_clip
 from medsora.video_io import probe_video, read_video
+from server.children import limit_self
 from server.conversion import LIMIT_BYTES, LIMIT_S
 from server.settings import get_settings
 from server.worker.marks import check_mark
@@ -51,9 +51,7 @@ def convert(form: str, source: Path, folder: Path, *, modality: str) -> Path:
 
 
 def _main(form: str, source: Path, modality: str) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_S, LIMIT_S))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit_self(size_bytes=LIMIT_BYTES, cpu_s=LIMIT_S)
     with tempfile.TemporaryDirectory(prefix="medsora-form-") as folder:
         path = convert(form, source, Path(folder), modality=modality)
         with path.open("rb") as file:

@@ -185,6 +185,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Datasets on PostgreSQL too are a minute of their own: where MEDSORA_TEST_ALL_DATABASES asks for it."""
     if os.environ.get("MEDSORA_TEST_ALL_DATABASES"):
         return
-    twice = [item for item in items if item.path.name == "test_datasets.py" and "postgresql" in item.name]
+    kept: list[pytest.Item] = []
+    twice: list[pytest.Item] = []
+    for item in items:
+        is_twice = item.path.name == "test_datasets.py" and "postgresql" in item.name
+        (twice if is_twice else kept).append(item)
     config.hook.pytest_deselected(items=twice)
-    items[:] = [item for item in items if item not in set(twice)]
+    items[:] = kept
