@@ -30,6 +30,7 @@ _PLACES_EVERY_S = 1.0
 _MOST_PLACES = 1000
 PREVIEWS_FOR_S = 10.0
 _PREVIEWS_EVERY_S = 3.0
+_STOPPING_S = 5.0
 
 
 class TooManyStreamsError(Exception):
@@ -94,7 +95,7 @@ class Follower:
         self._at = 0
         self._task: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
-        self._is_closed = False
+        self._closing = asyncio.Event()
 
     def __len__(self) -> int:
         """Number of open streams."""
@@ -109,7 +110,7 @@ class Follower:
         if len(self._streams) >= self._max_streams:
             raise TooManyStreamsError(f"{self._max_streams} streams of events are open, no more can be now")
         stream = Subscription(tenant=tenant, subject=subject, previews=previews)
-        if self._is_closed:
+        if self._closing.is_set():
             stream.pending.put_nowait(None)
             return stream
         async with self._starting:
@@ -118,7 +119,9 @@ class Follower:
                 self._task = asyncio.create_task(self._run(), name="events")
             self._streams.add(stream)
             self._group(stream).add(stream)
-        if previews:
+        if self._closing.is_set():  # in the meantime
+            stream.pending.put_nowait(None)
+        elif previews:
             await self._ask(self._want_previews, [stream])
         return stream
 
@@ -132,15 +135,20 @@ class Follower:
 
     def close(self) -> None:
         """End every stream, now and later: the process stops."""
-        self._is_closed = True
+        self._closing.set()
         for stream in self._streams:
             with suppress(asyncio.QueueFull):
                 stream.pending.put_nowait(None)
 
     async def stop(self) -> None:
-        """As :meth:`close`, and look at the log no more."""
+        """As :meth:`close`, and look at the log no more.
+
+        A look that is under way is waited for, some seconds at most: a thread has it, and with it a connection to the
+        database, which the caller is about to close.
+        """
         self.close()
         if self._task is not None:
+            await asyncio.wait({self._task}, timeout=_STOPPING_S)
             self._task.cancel()
             with suppress(asyncio.CancelledError):
                 await self._task
@@ -155,7 +163,7 @@ class Follower:
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         places_at = previews_at = loop.time()
-        while self._streams:
+        while self._streams and not self._closing.is_set():
             await self._ask(self._hand_out)
             if loop.time() >= places_at:
                 places_at = loop.time() + _PLACES_EVERY_S
@@ -163,7 +171,8 @@ class Follower:
             if loop.time() >= previews_at:
                 previews_at = loop.time() + _PREVIEWS_EVERY_S
                 await self._ask(self._want_previews, [stream for stream in self._streams if stream.previews])
-            await asyncio.sleep(self._interval_s)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), self._interval_s)
 
     async def _ask(self, part: Callable[..., Any], *arguments: Any) -> None:
         try:

@@ -1,6 +1,7 @@
 """One follower a process: everything arrives once and in order, and nobody slow holds up the others."""
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -159,6 +160,28 @@ def test_closing_ends_all(run: Run) -> None:
         assert late.pending.get_nowait() is None
 
     run(test)
+
+
+def test_stopping_waits_for_the_look_under_way(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[str] = []
+    look = EventLog.after
+
+    def look_slowly(*arguments: Any, **options: Any) -> Any:
+        looks.append("begun")
+        time.sleep(0.2)
+        found = look(*arguments, **options)
+        looks.append("ended")
+        return found
+
+    async def test(follower: Follower) -> None:
+        monkeypatch.setattr(EventLog, "after", look_slowly)
+        await follower.subscribe(tenant="t", subject=None, previews=False)
+        async with asyncio.timeout(5):
+            while not looks:
+                await asyncio.sleep(0.01)
+
+    run(test)
+    assert looks == ["begun", "ended"]
 
 
 def test_an_outage_is_waited_out(run: Run, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
