@@ -18,6 +18,7 @@ MISSING = "needs PostgreSQL: no initdb in /usr/lib/postgresql/*/bin nor on the P
 _USER = "medsora"
 _TEMPLATE = "medsora_template"
 _PR_SET_PDEATHSIG = 1
+_ENOUGH_MEMORY = 2 << 30
 
 
 def find_programs() -> Path | None:
@@ -38,8 +39,8 @@ class PostgresCluster:
 
     Args:
         programs: From :func:`find_programs`.
-        is_durable: Whether commits wait for the disk, as they should where figures are measured; else power cuts, which
-            tests have none of, may lose them.
+        is_durable: Whether commits wait for the disk, as they should where figures are measured; else all is kept in
+            memory where there is a file system for that: a new database takes a tenth of the time then.
         options: Settings of the server, such as ``max_connections``.
     """
 
@@ -47,7 +48,7 @@ class PostgresCluster:
         self._programs = programs
         # PostgreSQL refuses to run as root.
         self._owner = _unprivileged_user() if os.geteuid() == 0 else None
-        self.folder = Path(tempfile.mkdtemp(prefix="medsora-pg-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="medsora-pg-", dir=None if is_durable else _memory()))
         if self._owner is not None:
             os.chown(self.folder, self._owner.pw_uid, self._owner.pw_gid)
         self._data, self._log = self.folder / "data", self.folder / "log"
@@ -56,7 +57,7 @@ class PostgresCluster:
             "unix_socket_directories": str(self.folder),
             "max_connections": "300",
             "shared_buffers": "128MB",
-            **({} if is_durable else {"fsync": "off", "full_page_writes": "off"}),
+            **({} if is_durable else {"fsync": "off", "full_page_writes": "off", "max_wal_size": "256MB"}),
             **options,
         }
         self._process: subprocess.Popen[bytes] | None = None
@@ -145,6 +146,15 @@ class PostgresCluster:
         if self._owner is None:
             return {"cwd": self.folder}
         return {"cwd": self.folder, "user": self._owner.pw_uid, "group": self._owner.pw_gid, "extra_groups": []}
+
+
+def _memory() -> Path | None:
+    """A file system in memory with room enough; None: there is none."""
+    memory = Path("/dev/shm")
+    try:
+        return memory if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free >= _ENOUGH_MEMORY else None
+    except OSError:
+        return None
 
 
 def _unprivileged_user() -> pwd.struct_passwd:

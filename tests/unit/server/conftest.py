@@ -1,17 +1,20 @@
 """A job database, a store and an application on temporary folders; no broker answers here."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic.config import Config
 from fastapi.testclient import TestClient
 from postgres_cluster import PostgresCluster
 from pydantic import SecretStr
 from sqlalchemy import update
 
+import server.jobs.database
 from server.app import create_app
 from server.jobs.database import Database, database_now, migrate
 from server.jobs.model import Job
@@ -34,6 +37,33 @@ def _clients_are_local(monkeypatch: pytest.MonkeyPatch) -> None:
     """Test clients call the server as one calls it on one's own machine; else they would need keys."""
     _, *others = TestClient.__init__.__defaults__ or ()
     monkeypatch.setattr(TestClient.__init__, "__defaults__", ("http://127.0.0.1", *others))
+
+
+@pytest.fixture(scope="session")
+def new_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite file with the newest schema."""
+    path = tmp_path_factory.mktemp("new-sqlite") / "jobs.db"
+    made = Database(f"sqlite:///{path}")
+    migrate(made)
+    made.close()
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _new_databases_are_copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All migrations take some tenths of a second: only who tests them waits for them."""
+    if "empty_database_url" in request.fixturenames:
+        return
+    new_sqlite: Path = request.getfixturevalue("new_sqlite")
+    upgrade = server.jobs.database._upgrade
+
+    def upgrade_copy(database: Database, config: Config) -> None:
+        path = Path(str(database.url.database))
+        if database.is_sqlite and path.stat().st_size == 0:
+            shutil.copyfile(new_sqlite, path)
+        upgrade(database, config)
+
+    monkeypatch.setattr(server.jobs.database, "_upgrade", upgrade_copy)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
