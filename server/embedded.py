@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 _MAX_SOCKET_PATH = 100  # the kernel's limit is 107
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S, _STEADY_S = 0.2, 10.0, 30.0
+_FIRST_PAUSE_S, _STEADY_S = 0.2, 30.0
 _TICK_S = 0.1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -69,6 +69,7 @@ class _Child:
         name: For messages.
         command: Program and arguments.
         environment: Its whole environment.
+        longest_pause_s: Most seconds between its death and its next start.
         keep_fd: File descriptor that it inherits.
         before_start: Called before each start.
     """
@@ -79,6 +80,7 @@ class _Child:
         command: list[str],
         environment: dict[str, str],
         *,
+        longest_pause_s: float,
         keep_fd: int | None = None,
         before_start: Callable[[], None] = lambda: None,
     ) -> None:
@@ -88,7 +90,7 @@ class _Child:
         self._keep_fds = () if keep_fd is None else (keep_fd,)
         self._process: subprocess.Popen[bytes] | None = None
         self._started_at = 0.0
-        self._pause_s = _FIRST_PAUSE_S
+        self._pause_s, self._longest_pause_s = _FIRST_PAUSE_S, longest_pause_s
         self._start_at = 0.0
 
     def start(self) -> None:
@@ -115,7 +117,7 @@ class _Child:
                 self._pause_s = _FIRST_PAUSE_S
             logger.error("%s ended with %s; it is started again in %.1f s", self.name, code, self._pause_s)
             self._process, self._start_at = None, now + self._pause_s
-            self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+            self._pause_s = min(2 * self._pause_s, self._longest_pause_s)
         elif now >= self._start_at:
             self.start()
 
@@ -199,15 +201,21 @@ class Supervisor:
                     "redis",
                     _redis_command(redis_socket, log_path),
                     dict(os.environ),
+                    longest_pause_s=settings.restart_pause_s,
                     before_start=self._on_redis_start,
                 )
             )
         descriptor = listener.fileno()
-        self._children += [
-            _Child("reaper", [*command, "reaper"], environment),
-            _Child("worker", [*command, "worker"], environment),
-            _Child("api", [*command, "api", "--fd", str(descriptor)], environment, keep_fd=descriptor),
-        ]
+        parts = {"reaper": ["reaper"], "worker": ["worker"], "api": ["api", "--fd", str(descriptor)]}
+        for name, arguments in parts.items():
+            part = _Child(
+                name,
+                [*command, *arguments],
+                environment,
+                longest_pause_s=settings.restart_pause_s,
+                keep_fd=descriptor if name == "api" else None,
+            )
+            self._children.append(part)
         for child in self._children:
             child.start()
         host, port = listener.getsockname()[:2]

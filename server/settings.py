@@ -231,6 +231,13 @@ class Settings(BaseSettings):
         description="Seconds that a part of `serve` gets to stop before it is killed; above drain_s, for what was "
         "sampled must be stored, too.",
     )
+    restart_pause_s: float = Field(
+        10.0,
+        ge=0.2,
+        le=600.0,
+        description="Longest pause before `serve` starts a part again that has died; the first is of 0.2 s, and each "
+        "that follows within half a minute twice as long.",
+    )
 
     events_interval_s: float = Field(
         0.2, gt=0.0, le=10.0, description="Seconds between two looks of an API process for events, while some listen."

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.alone,
+    pytest.mark.quiet,
     pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning"),
 ]
 

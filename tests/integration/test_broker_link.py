@@ -16,7 +16,7 @@ from server.embedded import find_redis_server
 if TYPE_CHECKING:
     from conftest import RunningServer
 
-pytestmark = [pytest.mark.integration, pytest.mark.alone]
+pytestmark = [pytest.mark.integration, pytest.mark.quiet]
 
 
 def free_port() -> int:

@@ -21,7 +21,7 @@ from PIL import Image
 if TYPE_CHECKING:
     from conftest import RunningServer, StartServer
 
-pytestmark = [pytest.mark.integration, pytest.mark.alone]
+pytestmark = [pytest.mark.integration, pytest.mark.quiet]
 
 
 def events_of(answer: httpx.Response) -> Iterator[dict[str, Any]]:

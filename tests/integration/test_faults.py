@@ -18,7 +18,7 @@ import pytest
 if TYPE_CHECKING:
     from conftest import RunningServer, StartServer
 
-pytestmark = [pytest.mark.integration, pytest.mark.alone]
+pytestmark = [pytest.mark.integration, pytest.mark.quiet]
 
 LONG = 250  # steps: a few seconds of the tiny model
 

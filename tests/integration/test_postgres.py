@@ -14,7 +14,7 @@ from postgres_cluster import PostgresCluster
 if TYPE_CHECKING:
     from conftest import RunningServer
 
-pytestmark = [pytest.mark.integration, pytest.mark.alone, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.quiet, pytest.mark.timeout(600)]
 
 LONG = 400  # steps: some seconds of the tiny model
 

@@ -19,7 +19,7 @@ from server.jobs.model import Job, JobStatus
 if TYPE_CHECKING:
     from conftest import RunningServer, StartServer
 
-pytestmark = [pytest.mark.integration, pytest.mark.alone, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.integration, pytest.mark.quiet, pytest.mark.timeout(1200)]
 
 KILLS = {"sampling process": 12, "worker": 7, "redis-server": 30, "api": 21, "reaper": 30}
 """A hundred. What samples takes seconds to be back, and is killed while it works on something."""
@@ -111,7 +111,7 @@ def is_at_work(server: "RunningServer") -> bool:
 
 def test_a_hundred_random_kills(start_server: "StartServer", tmp_path: Path) -> None:
     # attempts that the kills use up are not what is tested here
-    server = start_server(MEDSORA_MAX_ATTEMPTS="10", MEDSORA_ORPHAN_SCAN_S="2")
+    server = start_server(MEDSORA_MAX_ATTEMPTS="10", MEDSORA_ORPHAN_SCAN_S="2", MEDSORA_RESTART_PAUSE_S="0.4")
     server.wait_ready()
     chance, kinds, killed = random.Random(11), Counter[str](), set[int]()
     clients = Clients(server.url)

@@ -27,7 +27,7 @@ from server.objects import objects_of
 from server.settings import Settings
 from server.storage import ArtifactStore, Variant
 
-pytestmark = [pytest.mark.integration, pytest.mark.alone]
+pytestmark = [pytest.mark.integration, pytest.mark.quiet]
 
 
 class Host:

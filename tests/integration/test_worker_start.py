@@ -13,7 +13,7 @@ import pytest
 if TYPE_CHECKING:
     from conftest import RunningServer, StartServer
 
-pytestmark = [pytest.mark.integration, pytest.mark.alone]
+pytestmark = [pytest.mark.integration, pytest.mark.quiet]
 
 
 @pytest.fixture
