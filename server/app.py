@@ -162,6 +162,8 @@ def create_app(settings: Settings) -> FastAPI:
         version=medsora.__version__,
         summary="Synthetic medical videos on request. Research only, not for diagnosis.",
         lifespan=lifespan,
+        docs_url=None,  # the framework's pages load scripts from elsewhere; ours is part of the playground
+        redoc_url=None,
         redirect_slashes=False,
         generate_unique_id_function=operation_id,
     )

@@ -291,10 +291,12 @@ class Settings(BaseSettings):
 
     keep_lossless: bool = Field(
         True,
-        description="Whether each video is also kept exact to the bit (FFV1), some 5 to 15 times the size of its MP4: "
+        description="Whether each video is also kept exact to the bit (FFV1), some 15 to 25 times the size of its MP4: "
         "what variant=lossless and variant=dicom are made from. Clips of datasets have files of their own.",
     )
-    playground: bool = Field(True, description="Whether the API serves the playground, a page for browsers, at /.")
+    playground: bool = Field(
+        True, description="Whether the API serves the playground, a page for browsers, at / and its reference at /docs."
+    )
     video_kept_s: float | None = Field(
         None,
         ge=60.0,

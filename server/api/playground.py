@@ -1,4 +1,4 @@
-"""/ and /playground: a page for browsers, made of files that lie in the package and are served as they are.
+"""/, /docs and /playground: a page for browsers, made of files that lie in the package and are served as they are.
 
 They need no key: what they show they ask of /v1 with the key of whoever looks. The policy sent with them lets a browser
 run and load what this server sends, and nothing else.
@@ -11,6 +11,7 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import RedirectResponse
 
 from server.api.downloads import is_known
 from server.errors import NotFoundError
@@ -74,6 +75,12 @@ def make_router() -> APIRouter:
     def get_playground(request: Request) -> Response:
         """The page."""
         return answer("index.html", request)
+
+    @router.head("/docs")
+    @router.get("/docs")
+    def get_reference() -> Response:
+        """The part of the page where every endpoint is described, and can be tried."""
+        return RedirectResponse("/#/reference", headers=_HEADERS)
 
     @router.head("/playground/{name:path}")
     @router.get("/playground/{name:path}")

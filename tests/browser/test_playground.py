@@ -13,20 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 import pydicom
 import pytest
+from faulty_link import FaultyLink
 from PIL import Image
 
 from server.keys.model import ALL_SCOPES
 from server.keys.repository import KeyRepository
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route
+    from playwright.sync_api import Browser, Locator, Page, Route
 
     from tests.integration.conftest import RunningServer
 
 pytestmark = [pytest.mark.browser, pytest.mark.integration]
 
 SIZES = {"desk": {"width": 1280, "height": 900}, "phone": {"width": 360, "height": 740}}
-PAGES = ("#/", "#/compare", "#/datasets", "#/status")
+PAGES = ("#/", "#/compare", "#/datasets", "#/status", "#/reference?at=create_video")
 PIXELS = """video => {
     const canvas = document.createElement("canvas");
     [canvas.width, canvas.height] = [video.videoWidth, video.videoHeight];
@@ -105,6 +106,14 @@ def test_spectrum_and_flow_of_the_shown_frame(page: Page, clips: list[str]) -> N
         colours = "canvas => new Set(canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data).size"
         page.wait_for_function(f"canvas => canvas.width > 1 && ({colours})(canvas) > 10", arg=canvas.element_handle())
     assert page.get_by_role("img", name="Colour wheel").count() == 2
+
+    drawn = page.locator(".screen canvas")  # over the videos, pixel on pixel
+    assert drawn.count() == 4
+    assert drawn.first.bounding_box() == page.locator(".screen video").first.bounding_box()
+    page.get_by_label("Opacity").fill("25")
+    assert drawn.evaluate_all("all => all.map(one => getComputedStyle(one).opacity)") == ["0.25"] * 4
+    page.get_by_label("Place of overlays").select_option("beside it")
+    assert (drawn.count(), page.locator(".overlays canvas:not(.wheel)").count()) == (0, 4)
 
 
 def test_overlays_may_be_asked_for_before_the_videos_are_here(page: Page, clips: list[str]) -> None:
@@ -339,16 +348,92 @@ def test_what_is_refused_is_said_where_it_was_given(page: Page, server: RunningS
         subprocess.run([*limits, "--reset"], cwd=root, env=environment, check=True, capture_output=True)
 
 
-def test_a_server_that_is_gone_and_comes_back(page: Page, context: BrowserContext) -> None:
-    page.goto("/")
-    settings(page, seed=81)
-    page.get_by_text("Live", exact=True).wait_for()
-    context.set_offline(True)
-    page.get_by_role("button", name="Generate").click()
-    page.locator(".order").get_by_text("The server cannot be reached. Is it running?").wait_for()
-    context.set_offline(False)
-    page.get_by_role("button", name="Generate").click()
-    card(page, 81).get_by_text("Finished").wait_for()
+def test_a_server_that_is_gone_and_comes_back(browser: Browser, server: RunningServer) -> None:
+    """The page was loaded from a port that then nobody answers, as when the server ends."""
+    link = FaultyLink(server.http.base_url.port or 0)
+    context = browser.new_context(base_url=f"http://127.0.0.1:{link.port}", viewport=SIZES["desk"])  # type: ignore[arg-type]
+    page = context.new_page()
+    try:
+        page.goto("/")
+        settings(page, seed=81)
+        page.get_by_text("Live", exact=True).wait_for()
+        link.refuse()
+        page.get_by_text("Connection lost. Trying again…").wait_for()
+        page.get_by_role("button", name="Generate").click()
+        page.locator(".order").get_by_text("The server cannot be reached. Is it running?").wait_for()
+        page.get_by_role("link", name="Status").click()
+        page.locator("main").get_by_text("The server cannot be reached. Is it running?").first.wait_for()
+        page.get_by_role("link", name="Create").click()
+        link.listen()
+        page.get_by_text("Live", exact=True).wait_for()
+        settings(page, seed=81)
+        page.get_by_role("button", name="Generate").click()
+        card(page, 81).get_by_text("Finished").wait_for()
+    finally:
+        context.close()
+        link.close()
+
+
+def endpoint(page: Page, operation: str) -> Locator:
+    """The part of the reference that describes an endpoint, opened."""
+    part = page.locator(f"#part-{operation}")
+    part.locator("summary").click()
+    part.get_by_role("button", name="Send").wait_for()
+    return part
+
+
+def test_every_endpoint_is_described_and_can_be_tried(page: Page, server: RunningServer, clips: list[str]) -> None:
+    page.goto("/docs")
+    page.get_by_role("heading", name="API", exact=True).wait_for()
+    page.locator("#part-create_video").wait_for()
+    document = server.http.get("/openapi.json").json()
+    ids = {operation["operationId"] for one in document["paths"].values() for operation in one.values()}
+    shown = page.locator(".part").evaluate_all("all => all.map(one => one.id.slice(5))")
+    assert sorted(shown) == sorted(ids | set(document["components"]["schemas"]))
+
+    create = endpoint(page, "create_video")
+    create.get_by_label("Body (JSON)").fill(
+        '{"prompt": "covid-convex", "seed": 9223372036854775807, "num_inference_steps": 2}'
+    )
+    command = create.get_by_label("The same in a terminal").inner_text()
+    create.get_by_role("button", name="Send").click()
+    create.get_by_text(re.compile("^200 OK, after")).wait_for()
+    assert '"seed": 9223372036854775807' in create.get_by_label("Answer", exact=True).inner_text()
+    again = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert json.loads(again.stdout)["seed"] == 2**63 - 1
+    create.get_by_label("Body (JSON)").fill("{")
+    create.get_by_role("button", name="Send").click()
+    create.get_by_text("This is no JSON").wait_for()
+    create.get_by_role("link", name="VideoObject").click()
+    page.locator("#part-VideoObject").get_by_role("row", name=re.compile("^progress")).wait_for()
+
+    content = endpoint(page, "get_content")
+    content.get_by_role("button", name="Send").click()
+    content.get_by_text("This is needed.").wait_for()
+    content.get_by_role("textbox", name="video_id").fill(clips[0])
+    content.get_by_role("button", name="Send").click()
+    video = content.locator("video")
+    page.wait_for_function("video => video.videoWidth === 32", arg=video.element_handle())
+    content.get_by_role("textbox", name="video_id").fill("video_none")
+    content.get_by_role("button", name="Send").click()
+    content.get_by_text(re.compile("^404 Not Found, after")).wait_for()
+
+    events = endpoint(page, "follow_all")
+    events.get_by_role("button", name="Send").click()
+    made = server.submit(seed=91)
+    events.get_by_label("Answer", exact=True).get_by_text(made).wait_for()  # while the answer goes on
+    events.get_by_role("button", name="Stop").click()
+    events.get_by_text("Stopped.").wait_for()
+
+
+def tab_to(page: Page, what: str) -> None:
+    """Press Tab until the focus is there, and can be seen."""
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if page.evaluate("what => document.activeElement.matches(what)", what):
+            assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
+            return
+    raise AssertionError(f"no Tab leads to {what}")
 
 
 def test_with_the_keyboard_alone(page: Page) -> None:
@@ -358,26 +443,17 @@ def test_with_the_keyboard_alone(page: Page) -> None:
     assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.tagName") == "MAIN"
-
-    def tab_to(what: str) -> None:
-        for _ in range(40):
-            page.keyboard.press("Tab")
-            if page.evaluate("what => document.activeElement.matches(what)", what):
-                assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
-                return
-        raise AssertionError(f"no Tab leads to {what}")
-
-    tab_to("input[inputmode=numeric]")
+    tab_to(page, "input[inputmode=numeric]")
     page.keyboard.type("61")
     page.keyboard.press("Enter")
     made = card(page, 61)
     made.get_by_text("Finished").wait_for()
-    tab_to(".card .open")
+    tab_to(page, ".card .open")
     page.keyboard.press("Enter")
     dialog = page.get_by_role("dialog")
     dialog.wait_for()
     page.wait_for_function("() => document.querySelector('dialog video')?.currentTime > 0")
-    tab_to(".play")
+    tab_to(page, ".play")
     page.keyboard.press("Space")
     assert dialog.get_by_role("button", name="Play", exact=True).is_visible()
     before = dialog.locator(".counter").inner_text()
@@ -385,6 +461,36 @@ def test_with_the_keyboard_alone(page: Page) -> None:
     page.wait_for_function("before => document.querySelector('.counter').textContent !== before", arg=before)
     page.keyboard.press("Escape")
     dialog.wait_for(state="detached")
+
+
+def test_other_parts_with_the_keyboard_alone(page: Page, server: RunningServer) -> None:
+    page.goto("/#/datasets")
+    page.get_by_label("Clips of covid-convex").wait_for()
+    tab_to(page, "form input")
+    page.keyboard.type("By keys")
+    tab_to(page, ".counts input")
+    page.keyboard.type("1")
+    page.keyboard.press("Enter")
+    made = page.locator(".dataset", has_text="By keys")
+    made.get_by_text("completed: 1 of 1 clips").wait_for()
+
+    running = server.submit(seed=73, steps=1000)
+    page.goto("/#/status")
+    page.get_by_text("seed 73").wait_for()
+    tab_to(page, "button[aria-label='Cancel covid-convex, seed 73']")
+    page.keyboard.press("Enter")
+    gone = lambda: server.http.get(f"/v1/videos/{running}").status_code == 404  # noqa: E731
+    server.wait_until(gone, timeout_s=20, what="the end of the video")
+
+    page.goto("/#/reference")
+    page.locator("#part-get_usage").wait_for()
+    tab_to(page, "input[type=search]")
+    page.keyboard.type("usage today")
+    tab_to(page, "#part-get_usage summary")
+    page.keyboard.press("Enter")
+    tab_to(page, "#part-get_usage [type=submit]")
+    page.keyboard.press("Enter")
+    page.locator("#part-get_usage").get_by_text(re.compile("^200 OK, after")).wait_for()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -406,6 +512,8 @@ def test_no_barriers_on_desk_and_phone(browser: Browser, server: RunningServer, 
             page.wait_for_function(
                 "() => document.querySelector('main h1') && document.querySelectorAll('main *').length > 3"
             )
+            if address.startswith("#/reference"):
+                page.locator("details[open] form").wait_for()
             if address == "#/":
                 card(page, 901).scroll_into_view_if_needed()
                 card(page, 901).locator("video[src]").wait_for()

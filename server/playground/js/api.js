@@ -38,12 +38,25 @@ export function setKey(text) {
  * @throws {ApiError} It refused, or cannot be reached.
  */
 export async function ask(path, options = {}) {
+  const response = await send(path, options);
+  if (!response.ok) throw await problemOf(response);
+  return response;
+}
+
+/**
+ * Ask the server, and take whatever it answers.
+ *
+ * @param {string} path
+ * @param {RequestInit} [options]
+ * @returns {Promise<Response>}
+ * @throws {ApiError} It cannot be reached.
+ */
+export async function send(path, options = {}) {
   const headers = new Headers(options.headers);
   headers.set("x-medsora-links", "none"); // files from this server, not by a link to a bucket, which the policy forbids
   if (key()) headers.set("authorization", `Bearer ${key()}`);
-  let response;
   try {
-    response = await fetch(path, { ...options, headers });
+    return await fetch(path, { ...options, headers });
   } catch (error) {
     if (options.signal?.aborted) throw error;
     throw new ApiError({
@@ -51,8 +64,6 @@ export async function ask(path, options = {}) {
       code: "unreachable", param: null, status: 0, retryAfterS: null,
     });
   }
-  if (!response.ok) throw await problemOf(response);
-  return response;
 }
 
 /** @param {Response} response */

@@ -31,7 +31,7 @@ export function showCode(order, picture = "") {
 }
 
 /** Copy the text of an element; where the browser forbids that, mark it. @param {HTMLElement} element */
-async function copied(element) {
+export async function copied(element) {
   try {
     await navigator.clipboard.writeText(element.textContent ?? "");
     return true;

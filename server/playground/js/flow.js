@@ -97,11 +97,23 @@ export function colourOf(x, y) {
   return [channel(0), channel(4), channel(2)];
 }
 
-/** As a picture, a pixel a block. @param {ReturnType<typeof flow>} found */
-export function flowImage(found) {
-  const image = new ImageData(found.columns, found.rows);
-  for (let i = 0; i < found.x.length; i += 1) image.data.set([...colourOf(found.x[i], found.y[i]), 255], 4 * i);
-  return image;
+/**
+ * As a picture of the frame's size, each block's colour where its middle is, and between them what is between.
+ *
+ * @param {ReturnType<typeof flow>} found
+ * @param {number} width
+ * @param {number} height
+ */
+export function flowPicture({ columns, rows, x, y }, width, height) {
+  const image = new ImageData(columns, rows);
+  for (let i = 0; i < x.length; i += 1) image.data.set([...colourOf(x[i], y[i]), 255], 4 * i);
+  const blocks = new OffscreenCanvas(columns, rows);
+  /** @type {any} */ (blocks.getContext("2d")).putImageData(image, 0, 0);
+  const picture = new OffscreenCanvas(width, height);
+  const context = /** @type {any} */ (picture.getContext("2d"));
+  context.fillRect(0, 0, width, height); // at the rim nothing was measured
+  context.drawImage(blocks, (BLOCK - STEP) / 2, (BLOCK - STEP) / 2, columns * STEP, rows * STEP);
+  return picture;
 }
 
 /** The legend: which colour is which direction and speed. @param {number} side Pixels. */

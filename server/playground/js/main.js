@@ -8,10 +8,13 @@ import { el } from "./dom.js";
 import { follow } from "./events.js";
 import { askForKey } from "./key_dialog.js";
 import { forgetModels } from "./models.js";
+import { showReference } from "./reference.js";
 import { showStatus } from "./status.js";
 import { forgetAll, heard, page } from "./videos.js";
 
-const PAGES = { "/": showCreate, "/compare": showCompare, "/datasets": showDatasets, "/status": showStatus };
+const PAGES = {
+  "/": showCreate, "/compare": showCompare, "/datasets": showDatasets, "/status": showStatus, "/reference": showReference,
+};
 const news = new EventTarget();
 const main = /** @type {HTMLElement} */ (document.querySelector("main"));
 const connection = /** @type {HTMLElement} */ (document.getElementById("connection"));

@@ -28,8 +28,8 @@ function curl(origin, order, picture) {
     `# curl -O ${origin}/v1/videos/ID/content  the MP4; ?variant=lossless, dicom or preview\n`;
 }
 
-/** @param {string} text */
-function shell(text) {
+/** Quoted for a shell. @param {string} text */
+export function shell(text) {
   return `'${text.replaceAll("'", `'\\''`)}'`;
 }
 

@@ -22,7 +22,7 @@ export class Stage {
     this.overlays = [];
     /** Names of overlays that are asked for, also before the videos are here. @type {Set<"spectrum"|"flow">} */
     this.wanted = new Set();
-    this.figures = el("div", { class: `figures of-${Math.min(4, videos.length)}` });
+    this.figures = el("div", { class: "figures" });
     this.element = el("div", { class: "stage", onkeydown: (/** @type {KeyboardEvent} */ event) => this.#onKey(event) },
       this.figures, this.#controls());
     this.ready = this.#fill(caption);
@@ -34,14 +34,14 @@ export class Stage {
     const tracks = this.videos.map((video, place) => {
       const element = el("video", { src: urls[place], muted: true, playsinline: true, preload: "auto",
         "aria-label": `Synthetic video, ${video.label}, seed ${video.seed}` });
-      const overlays = new Overlays(urls[place], video);
+      const screen = el("div", { class: "screen" }, element, el("span", { class: "badge", text: "Synthetic" }));
+      const overlays = new Overlays(urls[place], video, screen);
       this.overlays.push(overlays);
       for (const name of this.wanted) overlays.set(name, true).catch(() => {});
-      this.figures.append(el("figure", { class: "clip" },
-        el("div", { class: "screen" }, element, el("span", { class: "badge", text: "Synthetic" })),
-        overlays.element, el("figcaption", {}, caption(video))));
+      this.figures.append(el("figure", { class: "clip" }, screen, overlays.element, el("figcaption", {}, caption(video))));
       return { element, numFrames: video.num_frames };
     });
+    this.#placeOverlays();
     await Promise.all(tracks.map(({ element }) => loaded(element)));
     this.transport = new Transport(tracks, this.videos[0].fps);
     this.transport.addEventListener("frame", () => this.#onFrame());
@@ -61,14 +61,19 @@ export class Stage {
       onchange: () => this.transport?.setRate(Number(rate.value)) },
       ...RATES.map((value) => el("option", { value: String(value), text: `${value}×`, selected: value === 1 })));
     const toggles = OVERLAYS.map((name) => {
-      const box = el("input", { type: "checkbox", class: "toggle", onchange: () => {
-        this.element.classList.toggle("computes", [...this.element.querySelectorAll(".toggle")].some((one) => one.checked));
+      const box = el("input", { type: "checkbox", onchange: () => {
         if (box.checked) this.wanted.add(name);
         else this.wanted.delete(name);
         for (const overlay of this.overlays) overlay.set(name, box.checked).catch(() => {});
+        this.#placeOverlays();
       } });
       return el("label", { class: "check" }, box, NAMES[name]);
     });
+    this.where = el("select", { "aria-label": "Place of overlays", onchange: () => this.#placeOverlays() },
+      el("option", { value: "over", text: "over the video" }), el("option", { value: "beside", text: "beside it" }));
+    this.opacity = el("input", { type: "range", min: 0, max: 100, step: 5, value: "70", oninput: () => this.#placeOverlays() });
+    this.strength = el("label", { class: "check strength" }, "Opacity", this.opacity);
+    this.placing = el("span", { class: "row", hidden: true }, this.where, this.strength);
     return el("div", { class: "transport", role: "group", "aria-label": "Playback" },
       el("div", { class: "row" },
         button("‹", act((transport) => transport.step(-1)), { "aria-label": "Frame back", title: "Frame back (,)" }),
@@ -76,7 +81,15 @@ export class Stage {
         button("›", act((transport) => transport.step(1)), { "aria-label": "Frame on", title: "Frame on (.)" }),
         this.slider, this.counter),
       el("div", { class: "row" },
-        el("label", { class: "check" }, "Speed", rate), ...toggles));
+        el("label", { class: "check" }, "Speed", rate), ...toggles, this.placing));
+  }
+
+  #placeOverlays() {
+    const isOver = this.where.value === "over";
+    this.placing.hidden = this.wanted.size === 0;
+    this.strength.hidden = !isOver;
+    this.element.classList.toggle("computes", this.wanted.size > 0 && !isOver);
+    for (const overlay of this.overlays) overlay.place(isOver, Number(this.opacity.value) / 100);
   }
 
   #onFrame() {

@@ -46,13 +46,21 @@ def test_nothing_else_is_reached(client: TestClient) -> None:
         assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
 
 
+def test_the_reference_is_part_of_it_and_the_framework_has_none(client: TestClient) -> None:
+    response = client.get("/docs", follow_redirects=False)
+    assert (response.status_code, response.headers["location"]) == (307, "/#/reference")
+    for path in ("/redoc", "/docs/oauth2-redirect"):
+        assert client.get(path).status_code == 404
+
+
 def test_it_is_no_part_of_the_api(client: TestClient) -> None:
     paths = client.get("/openapi.json").json()["paths"]
-    assert [path for path in paths if path == "/" or "playground" in path] == []
+    assert [path for path in paths if path in ("/", "/docs") or "playground" in path] == []
 
 
 def test_it_can_be_switched_off(settings: Settings) -> None:
     with TestClient(create_app(settings.model_copy(update={"playground": False}))) as client:
         assert client.get("/").status_code == 404
+        assert client.get("/docs").status_code == 404
         assert client.get("/playground/js/main.js").status_code == 404
         assert client.get("/v1/models").status_code == 200
