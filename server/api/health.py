@@ -115,10 +115,12 @@ def metrics(services: ServicesDep) -> Response:
         for measure, labels in zeros(model):
             measured[measure.name].setdefault(labels, Sums())
     live = services.repository.count_live()
+    bulk = {"batch": services.batches.unfinished_clips(), "dataset": services.datasets.unfinished_clips()}
     models = sorted({*services.catalogue.names, *(model for model, _ in live)})
     workers = services.workers.alive()
     registry = CollectorRegistry()
     registry.register(_Collected(lambda: _live_metrics(live, models)))
+    registry.register(_Collected(lambda: _bulk_metrics(bulk)))
     registry.register(_Collected(lambda: _measured_metrics(measured)))
     registry.register(_Collected(lambda: _worker_metrics(workers)))
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
@@ -141,6 +143,17 @@ def _live_metrics(live: dict[tuple[str, JobStatus], int], models: list[str]) -> 
         waiting.add_metric([model], live.get((model, JobStatus.QUEUED), 0))
         running.add_metric([model], live.get((model, JobStatus.RUNNING), 0))
     return [waiting, running]
+
+
+def _bulk_metrics(bulk: dict[str, int]) -> Iterable[Metric]:
+    unfinished = GaugeMetricFamily(
+        "medsora_num_bulk_clips_unfinished",
+        "Clips that batches and datasets are still to give, most of which have no job yet.",
+        labels=["kind"],
+    )
+    for kind, count in bulk.items():
+        unfinished.add_metric([kind], count)
+    return [unfinished]
 
 
 def _measured_metrics(measured: dict[str, dict[tuple[str, ...], Sums]]) -> Iterable[Metric]:

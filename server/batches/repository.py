@@ -377,6 +377,13 @@ class BatchRepository:
         with self._database.read() as connection:
             return connection.scalar(query) or 0
 
+    def unfinished_clips(self) -> int:
+        """Number of lines that are to be made and have no end yet, of all batches that were not cancelled."""
+        left = func.sum(Batch.total - Batch.completed - Batch.failed)
+        query = select(left).where(Batch.status.in_([BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS]))
+        with self._database.read() as connection:
+            return int(connection.scalar(query) or 0)
+
     def submit(self, claim: BatchClaim, lines: Sequence[SubmittedLine]) -> list[str]:
         """Make the jobs of these lines, and record those that were refused: all of them, or none.
 

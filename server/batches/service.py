@@ -78,6 +78,10 @@ class BatchService:
             message = f"{self._max_active} batches are unfinished, no more can be taken now. Try again later."
             raise OverloadedError(message, code="too_many_batches", retry_after_ms=_RETRY_MS) from None
 
+    def unfinished_clips(self) -> int:
+        """Number of clips that all batches together are still to give."""
+        return self._repository.unfinished_clips()
+
     def get(self, tenant: str, batch_id: str) -> BatchRecord:
         """The batch of that id.
 

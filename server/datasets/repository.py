@@ -325,6 +325,13 @@ class DatasetRepository:
             query = select(func.count()).select_from(Job).where(Job.status == JobStatus.QUEUED, of_dataset)
             return connection.scalar(query) or 0
 
+    def unfinished_clips(self) -> int:
+        """Number of clips that are to be made, of all datasets that were neither cancelled nor deleted."""
+        left = func.sum(Dataset.total - Dataset.done - Dataset.missing)
+        active = and_(Dataset.status == DatasetStatus.IN_PROGRESS, Dataset.deleted_at.is_(None))
+        with self._database.read() as connection:
+            return int(connection.scalar(select(left).where(active)) or 0)
+
     def submit(self, claim: DatasetRecord, *, limit: int) -> list[str]:
         """Make jobs of the next clips: first those that need another try, then those that have no row yet.
 

@@ -125,6 +125,10 @@ class DatasetService:
             message = f"{self._max_active} datasets are unfinished, no more can be taken now. Try again later."
             raise OverloadedError(message, code="too_many_datasets", retry_after_ms=_RETRY_MS) from None
 
+    def unfinished_clips(self) -> int:
+        """Number of clips that all datasets together are still to give."""
+        return self._repository.unfinished_clips()
+
     def get(self, tenant: str, dataset_id: str) -> DatasetRecord:
         """The dataset of that id.
 

@@ -468,6 +468,28 @@ def test_batches_share_the_places(bench: Bench) -> None:
         assert bench.work_off(batch_id)["status"] == "completed"
 
 
+def test_metrics_tell_what_batches_are_still_to_give(bench: Bench) -> None:
+    def told() -> str:
+        text = bench.client.get("/metrics").text
+        return next(
+            line for line in text.splitlines() if line.startswith('medsora_num_bulk_clips_unfinished{kind="batch"')
+        )
+
+    assert told().endswith(" 0.0")
+    bench.runner = bench.new_runner(batch_queued_jobs=3)
+    bench.create([line(str(number)) for number in range(9)])
+    other = bench.create([line("a")])
+    bench.look()
+    assert told().endswith(" 10.0"), "with those that have no job yet"
+    made, failed, *_ = bench.waiting()
+    bench.make(made)
+    bench.fail(failed)
+    bench.look()
+    assert told().endswith(" 8.0")
+    bench.client.post(f"/v1/batches/{other}/cancel")
+    assert told().endswith(" 7.0")
+
+
 def test_cancelled_before_it_began(bench: Bench) -> None:
     batch_id = bench.create([line("a")])
     bench.client.post(f"/v1/batches/{batch_id}/cancel")

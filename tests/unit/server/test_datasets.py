@@ -512,9 +512,12 @@ def test_cancel_keeps_what_is_done(bench: Bench) -> None:
     bench.look()
     for job_id in bench.waiting()[:3]:
         bench.make(job_id)
+    bench.look()
+    assert 'medsora_num_bulk_clips_unfinished{kind="dataset"} 7.0' in bench.client.get("/metrics").text
     running = bench.jobs.claim(bench.waiting()[0], worker="w")
     assert running is not None
     assert bench.client.post(f"/v1/datasets/{dataset_id}/cancel").json()["status"] == "cancelling"
+    assert 'medsora_num_bulk_clips_unfinished{kind="dataset"} 0.0' in bench.client.get("/metrics").text
     bench.look()
     assert bench.get(dataset_id)["status"] == "cancelling"
     assert bench.jobs.finish_cancel(running.job.id, running.token)
