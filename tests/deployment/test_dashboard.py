@@ -1,4 +1,4 @@
-"""Grafana's dashboard and Prometheus' alerts speak of metrics that /metrics exports, with labels that these have."""
+"""What dashboard, alerts and autoscaler ask for are metrics that /metrics exports, with labels that these have."""
 
 import json
 import re
@@ -22,6 +22,7 @@ ALERTS: list[dict[str, Any]] = yaml.safe_load((ROOT / "docker/prometheus/alerts.
 OTHER_LABELS = {
     "medsora_num_requests_waiting": {"model"},
     "medsora_num_requests_running": {"model"},
+    "medsora_num_bulk_clips_unfinished": {"kind"},
     "medsora_requests": {"model", "status"},
     "medsora_frames_generated": {"model"},
     "medsora_video_seconds_generated": {"model"},
@@ -30,7 +31,14 @@ OTHER_LABELS = {
     "medsora_worker_resident_bytes": {"worker"},
     "medsora_gpu_peak_memory_bytes": {"worker"},
 }
-EXPRESSIONS = [target["expr"] for panel in PANELS for target in panel["targets"]] + [rule["expr"] for rule in ALERTS]
+KEDA: dict[str, Any] = next(
+    yaml.safe_load_all((ROOT / "docker/kubernetes/components/keda/scaled-object.yaml").read_text())
+)
+EXPRESSIONS = [
+    *[target["expr"] for panel in PANELS for target in panel["targets"]],
+    *[rule["expr"] for rule in ALERTS],
+    *[trigger["metadata"]["query"] for trigger in KEDA["spec"]["triggers"]],
+]
 
 
 @pytest.fixture(scope="module")
