@@ -498,7 +498,7 @@ def test_no_barriers_on_desk_and_phone(browser: Browser, server: RunningServer, 
     from axe_playwright_python.sync_playwright import Axe
 
     axe = Axe()
-    for size in SIZES.values():
+    for name, size in SIZES.items():
         context = browser.new_context(
             base_url=str(server.http.base_url),
             viewport=size,
@@ -518,8 +518,9 @@ def test_no_barriers_on_desk_and_phone(browser: Browser, server: RunningServer, 
                 card(page, 901).scroll_into_view_if_needed()
                 card(page, 901).locator("video[src]").wait_for()
                 assert card(page, 901).locator("video").evaluate("video => video.paused")  # motion is unwanted
-            found = axe.run(page)
-            assert found.violations_count == 0, found.generate_report()
+            if name == "phone" or not address.startswith("#/reference"):  # a long page: looked at once a scheme
+                found = axe.run(page)
+                assert found.violations_count == 0, found.generate_report()
             width = page.evaluate("document.documentElement.scrollWidth")
             assert width <= size["width"], f"{address} is {width} pixels wide"
         page.goto("/#/")

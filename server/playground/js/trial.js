@@ -26,7 +26,7 @@ export function trialForm(method, path, operation, resolve) {
   const command = el("code", {});
   const said = el("span", { class: "hint", role: "status" });
   const writeCommand = () => {
-    command.textContent = curl(method, path, inputs);
+    command.textContent = curl(method, path, inputs, isFileAnswer(operation));
     said.textContent = "";
   };
   const submit = el("button", { type: "submit", class: method === "delete" ? "danger" : "primary", text: "Send" });
@@ -145,12 +145,19 @@ function request(method, path, inputs, signal) {
   return send(addressOf(path, inputs), { method: method.toUpperCase(), headers, body, signal });
 }
 
-/** @param {string} method @param {string} path @param {Input[]} inputs */
-function curl(method, path, inputs) {
+/** Whether what is answered is to be kept rather than read. @param {Schema} operation */
+function isFileAnswer({ responses }) {
+  const [kind] = Object.keys(responses["200"]?.content ?? {});
+  return kind !== undefined && !/json|text/.test(kind);
+}
+
+/** @param {string} method @param {string} path @param {Input[]} inputs @param {boolean} isKept To a file, by its name. */
+function curl(method, path, inputs, isKept) {
   const [json] = given(inputs, "json");
   const hasBody = json || given(inputs, "form").length > 0;
   const implied = hasBody ? "post" : "get";
   const parts = [
+    isKept ? " -OJ" : "",
     method === implied ? "" : ` -X ${method.toUpperCase()}`,
     ` ${shell(location.origin + addressOf(path, inputs))}`,
     key() ? ` \\\n  -H "Authorization: Bearer $MEDSORA_API_KEY"` : "",
