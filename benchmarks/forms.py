@@ -3,8 +3,8 @@
     python benchmarks/forms.py [--checkpoint lung-ultrasound-small] [--clips 6] [--times 5]
 
 Makes clips of all labels in turn, then writes each in every form that the server offers, several times, by the
-functions that the server writes them with. Seconds are those of the processor, all threads together, so that other work on the
-machine says little; of each clip the least counts. Prints a table.
+functions that the server writes them with. Seconds are those of the processor, all threads together, so that other
+work on the machine says little; of each clip the least counts. Prints a table.
 """
 
 import argparse
