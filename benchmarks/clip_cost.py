@@ -1,12 +1,11 @@
-"""What a clip costs beside its sampling: rows, transactions and log of the database, cores and bytes of its files.
+"""What a clip costs the job store beside its sampling: rows, transactions, bytes of the log; and how many it carries.
 
-    python benchmarks/clip_cost.py [--workers 1,2,8] [--batch 1,16,64] [--together 1,4,64] [--seconds 4]
-    python benchmarks/clip_cost.py --workers '' --clips 4 [--checkpoint lung-ultrasound-small]
+    python benchmarks/clip_cost.py [--workers 1,4] [--batch 64] [--together 1,64] [--seconds 4] [--jobs 2000]
 
-Jobs: processes on a PostgreSQL of their own, which waits for the disk at each commit, claim batches, tell of progress
-once and finish them, as workers do, but sample nothing: what the job store can carry. `--together` is how many clips of
-a batch end in one transaction; in a worker those that its encoders have ready at once. Files: clips are sampled, and a
-worker's functions write and check their files. Prints tables, writes JSON.
+Processes on a PostgreSQL of their own, which waits for the disk at each commit, claim batches, tell of progress once
+and finish them, as workers do, but sample nothing. `--together` is how many clips of a batch end in one transaction; in
+a worker those that its encoders have ready at once. What clips' files weigh is told by `forms.py`. Prints a table,
+writes JSON.
 """
 
 from __future__ import annotations
@@ -15,12 +14,9 @@ import argparse
 import multiprocessing
 import os
 import sys
-import tempfile
 import time
 from contextlib import closing
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from claims import fill
@@ -38,32 +34,25 @@ def main() -> None:
     options = parse_options()
     load = os.getloadavg()[0]
     programs = find_programs()
-    jobs: list[dict[str, Any]] = []
     if programs is None:
-        print(MISSING)
-    elif options.workers:
-        cluster = PostgresCluster(programs, is_durable=True)
-        try:
-            jobs = measure_jobs(cluster, options)
-        finally:
-            cluster.close()
-    files = measure_files(options) if options.clips else []
-    machine = {**describe_machine("cpu"), "load_before": load}
-    save({"machine": machine, "jobs": jobs, "files": files}, options.output)
+        raise SystemExit(MISSING)
+    cluster = PostgresCluster(programs, is_durable=True)
+    try:
+        jobs = measure_jobs(cluster, options)
+    finally:
+        cluster.close()
+    save({"machine": {**describe_machine("cpu"), "load_before": load}, "jobs": jobs}, options.output)
     print(f"\nload of the machine before: {load:.1f}")
     table(jobs)
-    table(files)
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--workers", type=numbers, default=[1, 2, 8], help="processes that claim and finish at once")
-    parser.add_argument("--batch", type=numbers, default=[1, 16, 64], help="most jobs of one claim")
-    parser.add_argument("--together", type=numbers, default=[1, 4, 64], help="most jobs that end in one transaction")
-    parser.add_argument("--jobs", type=int, default=5000, help="jobs that wait at the beginning of each measurement")
+    parser.add_argument("--workers", type=numbers, default=[1, 4], help="processes that claim and finish at once")
+    parser.add_argument("--batch", type=numbers, default=[64], help="most jobs of one claim")
+    parser.add_argument("--together", type=numbers, default=[1, 64], help="most jobs that end in one transaction")
+    parser.add_argument("--jobs", type=int, default=2000, help="jobs that wait at the beginning of each measurement")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
-    parser.add_argument("--clips", type=int, default=0, help="clips whose files are written")
-    parser.add_argument("--checkpoint", default="lung-ultrasound-small", help="what samples them")
     parser.add_argument("--output", type=Path, default=RESULTS / "clip-cost.json")
     return parser.parse_args()
 
@@ -165,48 +154,6 @@ def work_on_one_batch(repository: JobRepository, name: str, batch: int, together
         finish_s.append(time.monotonic() - began)
     repository.count_batch("tiny", len(claims))
     return finish_s
-
-
-def measure_files(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Bytes and processor time of the files of each clip."""
-    from medsora.manifest import find_checkpoint, read_manifest
-    from medsora.pipeline import VideoPipeline
-    from medsora.provenance import clip_metadata
-    from medsora.request import resolve_request
-    from medsora.video_io import write_ffv1, write_mp4
-    from server.settings import Settings
-    from server.storage import ArtifactStore, Variant
-    from server.worker.publishing import write_checked, write_origin
-    from server.worker.stills import write_spritesheet, write_thumbnail
-
-    directory = find_checkpoint(options.checkpoint)
-    manifest = read_manifest(directory)
-    labels = [label.name for label in manifest.labels]
-    requests = [resolve_request(manifest, label=labels[n % len(labels)], seed=n) for n in range(options.clips)]
-    clips = VideoPipeline.from_checkpoint(directory, device="cpu")(requests)
-    figures = []
-    with tempfile.TemporaryDirectory(prefix="medsora-bench-") as folder:
-        store = ArtifactStore(Path(folder) / "artifacts")
-        runtime: Any = SimpleNamespace(settings=Settings(data_dir=Path(folder)), store=store)
-        for number, (asked, frames) in enumerate(zip(requests, clips, strict=True)):
-            metadata = clip_metadata(asked, model=manifest.name, model_sha256="0" * 64)
-            shape = {"num_frames": asked.num_frames, "height": asked.height, "width": asked.width}
-            claim: Any = SimpleNamespace(job=SimpleNamespace(id=f"video_{number:032x}", **shape), token=1)
-            video = {"frames": frames, "fps": manifest.limits.fps, "metadata": metadata}
-            still = {"frames": frames, "metadata": metadata}
-            files = {
-                Variant.VIDEO: partial(write_mp4, **video),
-                Variant.LOSSLESS: partial(write_ffv1, **video),
-                Variant.THUMBNAIL: partial(write_thumbnail, **still),
-                Variant.SPRITESHEET: partial(write_spritesheet, **still),
-            }
-            began = time.process_time()
-            stored = write_checked(runtime, claim, files)
-            write_origin(runtime, claim, metadata, stored)
-            figure: dict[str, Any] = {"clip": number, "processor_ms": 1e3 * (time.process_time() - began)}
-            figures.append(figure | {f"{variant.value}_bytes": info.size_bytes for variant, info in stored.items()})
-            print(figures[-1], flush=True)
-    return figures
 
 
 if __name__ == "__main__":

@@ -21,10 +21,17 @@ from medsora.manifest import find_checkpoint, read_manifest
 from medsora.pipeline import VideoPipeline
 from medsora.provenance import clip_metadata
 from medsora.request import resolve_request
-from server.worker.stills import write_preview
+from server.worker.stills import write_preview, write_spritesheet, write_thumbnail
 
-FORMS = {"video": ("mp4", ".mp4"), "lossless": ("ffv1", ".mkv"), "dicom": ("dicom", ".dcm"), "preview": (None, ".webp")}
-"""Values of ``variant`` -> formats of :func:`write_clip`, and endings of files."""
+FORMS = {
+    "video": ("mp4", ".mp4"),
+    "lossless": ("ffv1", ".mkv"),
+    "thumbnail": (None, ".webp"),
+    "spritesheet": (None, ".jpg"),
+    "dicom": ("dicom", ".dcm"),
+    "preview": (None, ".webp"),
+}
+"""Values of ``variant`` -> formats of :func:`write_clip`, and endings. The last two are made when asked for."""
 
 
 def main() -> None:
@@ -60,6 +67,10 @@ def writer(form: str, frames: Any, metadata: dict[str, str], manifest: Any) -> C
     """What writes a clip in a form to a path."""
     fps = manifest.limits.fps
     clip_format, _ = FORMS[form]
+    if form == "thumbnail":
+        return lambda path: write_thumbnail(path, frames, metadata=metadata)
+    if form == "spritesheet":
+        return lambda path: write_spritesheet(path, frames, metadata=metadata)
     if clip_format is None:
         return lambda path: write_preview(path, frames, fps=fps, metadata=metadata)
     return lambda path: write_clip(

@@ -1,6 +1,6 @@
 """What API processes carry: requests of each kind and streams of events, and what one costs in processor time.
 
-    python benchmarks/load.py [--apis 1,2] [--connections 16] [--streams 250,1000] [--seconds 5]
+    python benchmarks/load.py [--apis 1,2] [--connections 16] [--streams 250,1000] [--waiting 0] [--seconds 5]
 
 API processes on Redis and a PostgreSQL of their own that waits for the disk at each commit (found as the tests find it;
 without it SQLite); no worker, no proxy. Each connection asks again and again, with a key. Streams are each of one
@@ -29,7 +29,7 @@ from typing import Any
 
 import psutil
 import redis
-from claims import JOB
+from claims import JOB, fill
 from generate import RESULTS, describe_machine, save
 
 from server.embedded import find_redis_server
@@ -71,6 +71,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--apis", type=numbers, default=[1, 2], help="API processes at once")
     parser.add_argument("--connections", type=int, default=16, help="clients that ask at once")
     parser.add_argument("--streams", type=numbers, default=[250, 1000], help="streams of events that are open at once")
+    parser.add_argument("--waiting", type=int, default=0, help="jobs that wait before those that are asked for")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--output", type=Path, default=RESULTS / "load.json")
     return parser.parse_args()
@@ -152,6 +153,8 @@ def place_in(folder: Path, programs: Path | None) -> Iterator[Place]:
 
 def measure_requests(place: Place, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Requests a second, by kind and number of API processes."""
+    if options.waiting:
+        fill(place.url, options.waiting)
     video, finished = one_that_waits_and_one_that_is_finished(place)
     body = json.dumps({"prompt": "covid lung", "num_inference_steps": 4, "seed": 1}).encode()
     kinds = {
