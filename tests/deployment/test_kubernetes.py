@@ -370,7 +370,9 @@ def test_networks_let_through_what_they_must_and_no_more(cluster: Cluster) -> No
                     into[name] |= peers(cluster, peer)
         for rule in policy["spec"].get("egress", []):
             for peer in rule["to"]:
-                if "ipBlock" in peer:
+                if peer == {"ipBlock": {"cidr": "169.254.20.10/32"}}:
+                    assert {port["port"] for port in rule["ports"]} == {53}
+                elif "ipBlock" in peer:
                     assert "169.254.0.0/16" in peer["ipBlock"]["except"]
                     ports = [port["port"] for port in rule.get("ports", [])] or ["any"]
                     for name in meant:
@@ -503,7 +505,10 @@ def test_an_outage_of_the_database_restarts_nothing(cluster: Cluster) -> None:
             said = str(cluster.container(name).get(probe, ""))
             assert "health/ready" not in said
             assert "medsora-server" not in said
-    assert cluster.container("api")["readinessProbe"]["httpGet"]["path"] == "/health/live"
+    api = cluster.container("api")
+    assert api["readinessProbe"]["httpGet"]["path"] == "/health/live"
+    migration_s = api["startupProbe"]["periodSeconds"] * api["startupProbe"]["failureThreshold"]
+    assert migration_s >= 3600, "the schema is brought up to date before an API answers"
 
 
 def test_connections_fit_the_database(full: Cluster) -> None:
