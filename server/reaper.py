@@ -7,7 +7,9 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -25,6 +27,7 @@ from server.webhooks.repository import WebhookRepository
 
 __all__ = ["Reaper"]
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 _BATCH = 500
 _UNUSED_S = 3600.0
@@ -56,20 +59,40 @@ class Reaper:
         self._sources, self._source_store = sources, source_store
         self._repository, self._workers, self._store, self._queue = repository, workers, store, queue
         self._next_scan = 0.0  # of the steady clock
+        self._stop = threading.Event()
+        self._urgent = (self._settle_expired, self._publish, self._end_lives, self._remove_deleted)
 
     def run(self, stop: threading.Event) -> None:
-        """Sweep until ``stop`` is set. An outage of the database or broker is waited out."""
-        while not stop.is_set():
-            self.sweep()
-            stop.wait(self._settings.reaper_interval_s)
+        """Sweep until ``stop`` is set. An outage of the database or broker is waited out.
+
+        Tidying has a thread of its own: it lists all that is kept, and no lost job is to wait for that.
+        """
+        self._stop = stop
+        with ThreadPoolExecutor(1, thread_name_prefix="tidy") as threads:
+            tidying = threads.submit(self._repeat, self._tidy)
+            tidying.add_done_callback(lambda _: stop.set())  # what nobody expected ends all of it
+            try:
+                self._repeat(*self._urgent)
+            finally:
+                stop.set()
+        tidying.result()
 
     def sweep(self) -> None:
         """Do everything once. A part that fails does not hold up the others."""
-        for part in (self._settle_expired, self._publish, self._end_lives, self._remove_deleted, self._tidy):
-            try:
-                part()
-            except (SQLAlchemyError, QueueError, OSError) as error:
-                logger.warning("%s: %s", part.__name__.strip("_"), error)
+        for part in (*self._urgent, self._tidy):
+            self._do(part)
+
+    def _repeat(self, *parts: Callable[[], None]) -> None:
+        while not self._stop.is_set():
+            for part in parts:
+                self._do(part)
+            self._stop.wait(self._settings.reaper_interval_s)
+
+    def _do(self, part: Callable[[], None]) -> None:
+        try:
+            part()
+        except (SQLAlchemyError, QueueError, OSError) as error:
+            logger.warning("%s: %s", part.__name__.strip("_"), error)
 
     def _settle_expired(self) -> None:
         result = self._repository.sweep_expired()
@@ -119,7 +142,7 @@ class Reaper:
             pass
         self._webhooks.sweep(kept_s=self._settings.webhook_kept_s)
         # Younger files may belong to a claim that the table does not show yet, or not any more.
-        old = (file for file in self._store.files() if file.age_s > 2 * self._settings.lease_s)
+        old = (file for file in self._until_stop(self._store.files()) if file.age_s > 2 * self._settings.lease_s)
         removed = 0
         while batch := list(itertools.islice(old, _BATCH)):
             removed += self._remove_orphans(batch)
@@ -129,6 +152,10 @@ class Reaper:
         if removed:
             logger.info("removed %d files that belong to no job", removed)
 
+    def _until_stop(self, files: Iterable[T]) -> Iterator[T]:
+        """Files of a store, which may be millions; no more of them once this is to stop."""
+        return itertools.takewhile(lambda _: not self._stop.is_set(), files)
+
     def _remove_sources(self) -> int:
         """Remove what no job is made from any more; younger than an hour it may be about to be."""
         removed = 0
@@ -137,7 +164,7 @@ class Reaper:
                 self._source_store.remove(source_id)
             removed += len(gone)
         # after a crash between the two there are bytes without a row
-        old = (file for file in self._source_store.files() if file.age_s > _UNUSED_S)
+        old = (file for file in self._until_stop(self._source_store.files()) if file.age_s > _UNUSED_S)
         while batch := list(itertools.islice(old, _BATCH)):
             known = self._sources.known([file.file_id for file in batch])
             for file in batch:

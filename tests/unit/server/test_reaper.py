@@ -1,13 +1,15 @@
 """The reaper: what it publishes again, and which files and rows it removes."""
 
 import os
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
 import pytest
 from sqlalchemy import func, select, update
+from waiting import wait_until
 
 from server.events.log import EventLog
 from server.files.store import FileStore
@@ -20,7 +22,7 @@ from server.reaper import Reaper
 from server.sealing import Sealer
 from server.settings import Settings
 from server.sources.repository import SourceRepository
-from server.storage import ArtifactStore, Variant
+from server.storage import ArtifactStore, StoredFile, Variant
 from server.webhooks.repository import WebhookRepository
 
 AddJob = Callable[..., str]
@@ -62,7 +64,9 @@ def store(tmp_path: Path) -> ArtifactStore:
 def reaper(
     tmp_path: Path, database: Database, repository: JobRepository, store: ArtifactStore, queue: FakeQueue
 ) -> Reaper:
-    settings = Settings(data_dir=tmp_path, orphan_scan_s=0.001, publish_grace_s=5.0, republish_after_s=10.0)
+    settings = Settings(
+        data_dir=tmp_path, orphan_scan_s=0.001, reaper_interval_s=0.1, publish_grace_s=5.0, republish_after_s=10.0
+    )
     workers = WorkerRegistry(database, heartbeat_s=1.0)
     return Reaper(
         settings,
@@ -311,3 +315,49 @@ def test_videos_go_when_their_time_is_over(
         assert connection.scalar(select(func.count()).where(Job.id == old)) == 0
     kinds = [event.kind for event in EventLog(database).after(0, limit=99, subject=old)]
     assert kinds[-1] == "video.deleted"
+
+
+def test_lost_jobs_do_not_wait_while_all_that_is_kept_is_listed(
+    reaper: Reaper, repository: JobRepository, store: ArtifactStore, add_job: AddJob,
+    expire_lease: Callable[[str], None], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    put(store, new_job_id(), 1, age_s=0.0)
+    (file,) = store.files()
+    listed = threading.Semaphore(0)
+
+    def endless() -> Iterator[StoredFile]:
+        while True:
+            listed.release()
+            time.sleep(0.001)
+            yield file
+
+    monkeypatch.setattr(store, "files", endless)
+    stop = threading.Event()
+    running = threading.Thread(target=reaper.run, args=(stop,))
+    running.start()
+    try:
+        assert listed.acquire(timeout=10)
+        job_id = add_job()
+        assert repository.claim(job_id, worker="lost") is not None
+        expire_lease(job_id)
+        job = wait_until(
+            lambda: (found := repository.get(job_id)) and found.status is JobStatus.QUEUED and found,
+            timeout_s=20,
+            what="the job of a lost worker waits again",
+        )
+        assert job.attempt == 1
+    finally:
+        stop.set()
+        running.join(20)
+    assert not running.is_alive(), "a list without end does not keep it from stopping"
+
+
+def test_an_error_that_nobody_expected_ends_the_reaper(reaper: Reaper, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise ZeroDivisionError("tidying")
+
+    monkeypatch.setattr(reaper, "_tidy", broken)
+    stop = threading.Event()
+    with pytest.raises(ZeroDivisionError, match="tidying"):
+        reaper.run(stop)
+    assert stop.is_set()
