@@ -10,6 +10,6 @@ umask 077
 {
     cat /etc/medsora-redis/redis.conf
     echo 'user default off'
-    echo "user medsora on >$password resetkeys ~vgen:* resetchannels &* -@all +@read +@write +@pubsub +@transaction +@connection +@scripting +info -@dangerous +info"
+    echo "user medsora on >$password resetkeys ~vgen:* resetchannels &* -@all +@read +@write +@pubsub +@transaction +@connection +@scripting +time +info -@dangerous +info"
 } >/tmp/redis.conf
 exec redis-server /tmp/redis.conf

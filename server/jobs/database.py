@@ -63,6 +63,7 @@ _POSTGRESQL_SESSION = {
 }
 # A host that is gone without a word is noticed after about half a minute, and not when TCP gives up after many.
 _POSTGRESQL_CONNECTION: dict[str, Any] = {
+    "client_encoding": "utf8",  # else a database made without a locale (SQL_ASCII) gives bytes in place of text
     "connect_timeout": 10,
     "keepalives_idle": 10,
     "keepalives_interval": 5,

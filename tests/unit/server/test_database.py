@@ -26,6 +26,7 @@ from sqlalchemy import (
     func,
     insert,
     inspect,
+    literal,
     select,
     text,
 )
@@ -312,6 +313,17 @@ def test_sessions_of_postgresql_cannot_hold_up_others_for_long(postgres_url: str
             assert connection.scalar(text("show idle_in_transaction_session_timeout")) == "20s"
             assert connection.scalar(text("show application_name")) == "medsora"
         database.close()
+
+
+def test_text_is_text_in_a_database_made_without_a_locale(postgres_cluster: PostgresCluster) -> None:
+    with postgres_cluster.connect() as admin:
+        admin.execute("create database ascii template template0 encoding 'SQL_ASCII' lc_collate 'C' lc_ctype 'C'")
+    database = Database(postgres_cluster.url("ascii"))
+    with database.read() as connection:
+        assert connection.scalar(text("show server_encoding")) == "SQL_ASCII"
+        assert connection.scalar(select(literal("Röntgen 肺"))) == "Röntgen 肺"
+    database.close()
+    postgres_cluster.drop_database("ascii")
 
 
 def test_a_connection_that_was_cut_is_not_met_again(postgres_url: str, postgres_cluster: PostgresCluster) -> None:
