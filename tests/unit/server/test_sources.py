@@ -4,6 +4,7 @@ import base64
 import io
 import os
 import struct
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -386,7 +387,7 @@ def test_sources_go_when_no_job_refers_to_them(
     database = Database(settings.database_address)
     sources, store = SourceRepository(database), FileStore(settings.sources_dir)
     reaper: Any = Reaper.__new__(Reaper)
-    reaper._sources, reaper._source_store = sources, store
+    reaper._sources, reaper._source_store, reaper._stop = sources, store, threading.Event()
     first, second = (create(client, picture()).json()["id"] for _ in range(2))
     orphan = store.path("file-" + "a" * 32)
     orphan.parent.mkdir(parents=True, exist_ok=True)
