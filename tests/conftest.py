@@ -65,7 +65,9 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Let what may take longest begin first, so that no process is left with it; skip what needs a GPU without one."""
+    longest = {item: float(marker.args[0]) for item in items if (marker := item.get_closest_marker("timeout"))}
+    items.sort(key=lambda item: -longest.get(item, 0.0))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

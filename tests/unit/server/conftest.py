@@ -212,13 +212,17 @@ def client(settings: Settings) -> Iterator[TestClient]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Datasets on PostgreSQL too are a minute of their own: where MEDSORA_TEST_ALL_DATABASES asks for it."""
+    """On PostgreSQL too, datasets and each moment at which a batch may be killed are a minute of their own each: all of
+    them where MEDSORA_TEST_ALL_DATABASES asks for it, else no datasets and every third moment."""
     if os.environ.get("MEDSORA_TEST_ALL_DATABASES"):
         return
     kept: list[pytest.Item] = []
     twice: list[pytest.Item] = []
     for item in items:
-        is_twice = item.path.name == "test_datasets.py" and "postgresql" in item.name
+        moment = (
+            item.callspec.params.get("at", 0) if isinstance(item, pytest.Function) and "at" in item.fixturenames else 0
+        )
+        is_twice = "postgresql" in item.name and (item.path.name == "test_datasets.py" or moment % 3 != 0)
         (twice if is_twice else kept).append(item)
     config.hook.pytest_deselected(items=twice)
     items[:] = kept
