@@ -40,6 +40,7 @@ from server.keys.repository import KeyRepository
 from server.storage import ArtifactStore
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from ports import free_ports
 from postgres_cluster import MISSING, PostgresCluster, find_programs
 
 TENANT = "load"
@@ -110,7 +111,7 @@ class Place:
             "MEDSORA_MAX_QUEUED_JOBS": "1000000",
         }
         clean = {name: value for name, value in os.environ.items() if not name.startswith("MEDSORA_")}
-        ports, processes = [free_port() for _ in range(number)], []
+        ports, processes = free_ports(number), []
         try:
             with (self.folder / "api.log").open("ab") as log:
                 for port in ports:
@@ -314,12 +315,6 @@ def request(place: Place, method: str, path: str, body: bytes = b"") -> bytes:
     if body:
         lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
     return "\r\n".join([*lines, "", ""]).encode() + body
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for_port(port: int) -> None:

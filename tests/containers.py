@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -10,6 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
+
+from ports import free_ports
 
 ROOT = Path(__file__).parents[1]
 STAND_INS = Path(__file__).parent / "deployment" / "stand_ins"
@@ -49,17 +50,6 @@ def wait_until(condition: Callable[[], T], *, timeout_s: float, what: Callable[[
             raise AssertionError(f"not within {timeout_s:g} s: {what()}")
         time.sleep(0.5)
     return value
-
-
-def free_ports(count: int) -> list[int]:
-    """TCP ports of the host that nobody uses."""
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 class Engine:

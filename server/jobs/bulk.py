@@ -29,6 +29,3 @@ class BulkRepository(Protocol):
 
     def waiting_jobs(self) -> int:
         """Number of their jobs that wait for a worker."""
-
-    def unfinished_clips(self) -> int:
-        """Number of clips that they are still to give, most of which have no job yet."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import openai
 import psutil
 import pytest
+from ports import free_port
 from sqlalchemy import update
 
 from server.batches.model import Batch
@@ -165,7 +166,7 @@ def test_cancelled_by_many_at_once_through_two_processes(server: "RunningServer"
         "MEDSORA_DATA_DIR": str(server.data_dir),
         "MEDSORA_REDIS_URL": f"redis+socket://{server.data_dir / 'run' / 'redis.sock'}",
     }
-    port = _free_port()
+    port = free_port()
     with (tmp_path / "second.log").open("w") as log:
         command = [sys.executable, "-m", "server.cli", "api", "--port", str(port)]
         second = subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[2], stdout=log, stderr=log)
@@ -342,7 +343,7 @@ def test_fifty_thousand_lines_take_no_more_memory_than_a_thousand(tmp_path: Path
         "MEDSORA_LOG_LEVEL": "error",
         "MEDSORA_KEYS": "off",
     }
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "server.cli"]
     place: dict[str, Any] = {"env": environment, "cwd": Path(__file__).parents[2], "stderr": subprocess.DEVNULL}
     api = subprocess.Popen([*command, "api", "--port", str(port)], **place)
@@ -397,11 +398,3 @@ def _work_off(client: openai.OpenAI, database: Database, content: bytes) -> Any:
             return batch
         assert time.monotonic() < deadline, batch
         time.sleep(0.1)
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -1,6 +1,5 @@
 """A broker that is far away: connections that are dead, slow, cut or refused, and no memory left. No job is lost."""
 
-import socket
 import subprocess
 import time
 from collections import Counter
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import redis
 from faulty_link import FaultyLink
+from ports import free_port
 
 from server.embedded import find_redis_server
 
@@ -17,13 +17,6 @@ if TYPE_CHECKING:
     from conftest import RunningServer
 
 pytestmark = [pytest.mark.integration, pytest.mark.quiet]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from ports import free_port, free_ports
 from s3_server import S3Server
 from sqlalchemy import func, select
 from waiting import wait_until
@@ -66,12 +66,6 @@ class Host:
             self.process.wait()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class Cluster:
     """Two APIs, two workers and a reaper, each a host of its own."""
 
@@ -96,7 +90,7 @@ class Cluster:
         (folder / "redis").mkdir()
         self.hosts = [Host([*redis_command, "--dir", str(folder / "redis")], folder / "redis", self.variables)]
         cli = [sys.executable, "-m", "server.cli"]
-        self.ports = [free_port(), free_port()]
+        self.ports = free_ports(2)
         ways = ["proxy", "redirect"]
         self.apis = [
             Host(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from ports import free_port
 from sqlalchemy import select, update
 
 from server.idempotency import IdempotentRequest
@@ -74,21 +75,13 @@ def pair(
     """A server with keys, and the URLs of two API processes of it."""
     second = Api(
         tmp_path_factory.mktemp("second") / "second.log",
-        port=_free_port(),
+        port=free_port(),
         **server.variables,
         MEDSORA_DATA_DIR=str(server.data_dir),
         MEDSORA_REDIS_URL=f"redis+socket://{server.data_dir / 'run' / 'redis.sock'}",
     )
     yield server, [server.url.removesuffix("/v1"), second.url]
     second.stop()
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def new_key(server: "RunningServer", tenant: str) -> dict[str, str]:
@@ -179,7 +172,7 @@ def test_rate_limits_hold_in_two_processes(pair: tuple["RunningServer", list[str
 
 def test_an_api_that_is_killed_makes_no_request_twice(tmp_path: Path, tiny_checkpoint: Path) -> None:
     """Clients send each request until it is answered, while the API is killed over and over."""
-    port, kills = _free_port(), random.Random(5)
+    port, kills = free_port(), random.Random(5)
 
     def start() -> Api:
         return Api(

@@ -21,6 +21,23 @@ export function el(tag, properties = {}, ...children) {
   return element;
 }
 
+/**
+ * A table that scrolls by itself where it is too wide.
+ *
+ * @param {string[]} titles Of its columns.
+ * @param {(string|(string|Node)[])[][]} rows Cells, each a text or what is in it; the first names its row.
+ * @param {string} [caption] Of a table of fields; else the first title tells what it is of.
+ */
+export function table(titles, rows, caption) {
+  const cell = (/** @type {string} */ tag, /** @type {string|(string|Node)[]} */ content, properties = {}) =>
+    el(tag, properties, ...(typeof content === "string" ? [content] : content));
+  return el("div", { class: "scrolls", tabindex: 0, role: "group", "aria-label": caption ?? titles[0] },
+    el("table", { class: caption && "fields" }, caption && el("caption", { text: caption }),
+      el("thead", {}, el("tr", {}, ...titles.map((text) => el("th", { scope: "col", text })))),
+      el("tbody", {}, ...rows.map(([first, ...rest]) =>
+        el("tr", {}, cell("th", first, { scope: "row" }), ...rest.map((one) => cell("td", one)))))));
+}
+
 let lastId = 0;
 
 /** An id that no other element of the page has. @param {string} name */

@@ -1,7 +1,7 @@
 /** Every endpoint of this server with a form to try it, and every object, from its own OpenAPI document. */
 
 import { get } from "./api.js";
-import { button, el, field, problemText } from "./dom.js";
+import { button, el, field, problemText, table } from "./dom.js";
 import { fieldsTable, nameOf, plain, typeOf } from "./schemas.js";
 import { trialForm } from "./trial.js";
 
@@ -111,12 +111,9 @@ function bodyTables(body) {
 function answers(responses) {
   const rows = Object.entries(responses).sort().map(([status, { description, content = {} }]) => {
     const kinds = Object.entries(content).map(([kind, { schema }]) => (schema && /json/.test(kind) ? typeOf(schema) : [kind]));
-    return el("tr", {}, el("th", { scope: "row", text: status }), el("td", { text: description }),
-      el("td", {}, ...(kinds.length ? kinds.flatMap((one, place) => (place ? [", ", ...one] : one)) : ["without a body"])));
+    return [status, description, kinds.length ? kinds.flatMap((one, place) => (place ? [", ", ...one] : one)) : "without a body"];
   });
-  return el("div", { class: "scrolls", tabindex: 0, role: "group", "aria-label": "Answers" }, el("table", { class: "fields" }, el("caption", { text: "Answers" }),
-    el("thead", {}, el("tr", {}, ...["Status", "When", "Body"].map((text) => el("th", { scope: "col", text })))),
-    el("tbody", {}, ...rows)));
+  return table(["Status", "When", "Body"], rows, "Answers");
 }
 
 /** @param {string} name @param {Schema} schema */

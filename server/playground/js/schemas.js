@@ -1,6 +1,6 @@
 /** What JSON schemas of the OpenAPI document say, in words, tables and examples. */
 
-import { el } from "./dom.js";
+import { el, table } from "./dom.js";
 
 /** @typedef {Record<string, any>} Schema */
 
@@ -61,15 +61,10 @@ function joined(parts, between) {
  */
 export function fieldsTable(schema, caption) {
   const required = new Set(schema.required);
-  const rows = Object.entries(/** @type {Record<string, Schema>} */ (schema.properties ?? {})).map(([name, one]) =>
-    el("tr", {},
-      el("th", { scope: "row" }, el("code", { text: name }), required.has(name) && !("default" in one) ? " (required)" : ""),
-      el("td", {}, ...typeOf(one)),
-      el("td", { text: meaning(one) })));
-  return el("div", { class: "scrolls", tabindex: 0, role: "group", "aria-label": caption },
-    el("table", { class: "fields" }, el("caption", { text: caption }),
-      el("thead", {}, el("tr", {}, ...["Field", "Type", "Meaning"].map((text) => el("th", { scope: "col", text })))),
-      el("tbody", {}, ...rows)));
+  const rows = Object.entries(/** @type {Record<string, Schema>} */ (schema.properties ?? {})).map(([name, one]) => [
+    [el("code", { text: name }), required.has(name) && !("default" in one) ? " (required)" : ""], typeOf(one), meaning(one),
+  ]);
+  return table(["Field", "Type", "Meaning"], rows, caption);
 }
 
 /** Description, and the default where there is one. @param {Schema} schema */

@@ -1,7 +1,7 @@
 /** The page that says whether the server can work, what waits, and what one may still ask for. */
 
 import { ask, get } from "./api.js";
-import { button, el, problemText, size, span, tell } from "./dom.js";
+import { button, el, problemText, size, span, table, tell } from "./dom.js";
 import { parseMetrics } from "./metrics.js";
 import { discard, page, unfinished } from "./videos.js";
 
@@ -71,14 +71,6 @@ async function showMetrics(queue, workers) {
     size(value("medsora_worker_resident_bytes", "worker", labels.worker) ?? 0),
     value("medsora_gpu_peak_memory_bytes", "worker", labels.worker) ? size(/** @type {number} */ (value("medsora_gpu_peak_memory_bytes", "worker", labels.worker))) : "–",
   ])) : el("p", { class: "wrong", text: "No worker is alive." }));
-}
-
-/** @param {string[]} titles @param {string[][]} rows */
-function table(titles, rows) {
-  return el("div", { class: "scrolls", tabindex: 0, role: "group", "aria-label": titles[0] }, el("table", {},
-    el("thead", {}, el("tr", {}, ...titles.map((text) => el("th", { scope: "col", text })))),
-    el("tbody", {}, ...rows.map(([first, ...rest]) => el("tr", {}, el("th", { scope: "row", text: first }),
-      ...rest.map((text) => el("td", { text })))))));
 }
 
 /** @param {HTMLElement} part */
