@@ -224,13 +224,18 @@ def test_in_the_middle_of_an_upload(api: Api, path: str) -> None:
     part = f'--edge\r\ncontent-disposition: form-data; name="{field}"; filename="a.png"\r\n\r\n'
     head = (
         f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: multipart/form-data; boundary=edge\r\n"
-        f"content-length: {2 * SIZE}\r\n\r\n{about}{part}"
+        f"content-length: {2 * SIZE}\r\nexpect: 100-continue\r\n\r\n"
     ).encode()
     jobs, before = api.repository.count_live(), files()
     with nothing_is_kept(api):
         for number in range(TIMES):
-            connection = api.connect(head + b"x" * 2**18)
+            connection = api.connect(head)
+            # whoever leaves before it is read from leaves nothing behind anyway
+            assert read_head(connection).startswith(b"HTTP/1.1 100")
+            connection.sendall(f"{about}{part}".encode() + b"x" * 2**18)
             leave(connection, rudely=number % 2 == 0)
+        ended = f"method=POST route={path} status=499"
+        api.wait_until(lambda: api.log.read_text().count(ended) == TIMES, f"the end of {TIMES} uploads")
     api.wait_until(lambda: files() == before, "no file of what was not sent whole")
     assert api.repository.count_live() == jobs
 
