@@ -71,7 +71,6 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         database = Database(settings.database_address)
-        counters = Database(settings.database_address, is_durable=False)
         limits = Limits.of(settings)
         migrate(database)
         keys = KeyRepository(database)
@@ -135,7 +134,7 @@ def create_app(settings: Settings) -> FastAPI:
             webhooks=WebhookService(WebhookRepository(database, sealer), private_hosts=settings.webhook_private_hosts),
             repository=repository,
             keys=keys,
-            access=AccessControl(keys, RequestLimiter(counters, limits), settings),
+            access=AccessControl(keys, RequestLimiter(database, limits), settings),
             limits=TenantLimits(database, limits),
             idempotent_requests=IdempotentRequests(database, sealer),
             workers=WorkerRegistry(database, heartbeat_s=settings.worker_heartbeat_s),
@@ -144,7 +143,7 @@ def create_app(settings: Settings) -> FastAPI:
         )
         if app.state.services.access.needs_key() and not keys.any_exists():
             logger.warning("callers need a key, and there is none yet: make one with `medsora-server keys create`")
-        http_metrics.start(counters)
+        http_metrics.start(database)
         loop = asyncio.get_running_loop()
         app.state.end_streams = lambda: loop.call_soon_threadsafe(follower.close)
         try:
@@ -154,7 +153,6 @@ def create_app(settings: Settings) -> FastAPI:
             publisher.close()
             probe_queue.close()
             await asyncio.to_thread(http_metrics.close)
-            counters.close()
             database.close()
 
     app = FastAPI(

@@ -82,7 +82,7 @@ class HttpMetrics:
             if not moved or self._database is None:
                 return self._put_back(moved)
             try:
-                with self._database.write() as connection:
+                with self._database.write(is_durable=False) as connection:
                     add_sums(connection, moved)
             except SQLAlchemyError as error:
                 logger.warning("durations of requests are written later: %s", type(error).__name__)

@@ -56,9 +56,9 @@ def state_of(job: Any) -> tuple[str, dict[str, Any]]:
 
 def announce_states(connection: Connection, rows: Sequence[Any]) -> None:
     """Tell the new state of each job of these rows, which the transaction has just made or changed."""
-    for row in rows:
-        if JobStatus(row.status) in TERMINAL:  # how it came there is of no interest any more
-            connection.execute(delete(Event).where(Event.subject == row.id, Event.passing.is_(True)))
+    ended = [row.id for row in rows if JobStatus(row.status) in TERMINAL]
+    if ended:  # how they came there is of no interest any more
+        connection.execute(delete(Event).where(Event.subject.in_(ended), Event.passing.is_(True)))
     told = [(row, *state_of(row)) for row in rows]
     emit_all(
         connection,
@@ -76,11 +76,14 @@ def announce_states(connection: Connection, rows: Sequence[Any]) -> None:
     )
 
 
-def announce_progress(connection: Connection, row: Any) -> None:
-    """Tell how far a running job is."""
-    _, data = state_of(row)
-    data |= {"steps_done": row.steps_done, "num_inference_steps": row.num_inference_steps}
-    emit(connection, tenant=row.tenant, kind=PROGRESS, subject=row.id, data=data, passing=True)
+def announce_progress(connection: Connection, rows: Sequence[Any]) -> None:
+    """Tell how far the running jobs of these rows are."""
+    events = []
+    for row in rows:
+        _, data = state_of(row)
+        data |= {"steps_done": row.steps_done, "num_inference_steps": row.num_inference_steps}
+        events.append(NewEvent(tenant=row.tenant, kind=PROGRESS, subject=row.id, data=data, passing=True))
+    emit_all(connection, events)
 
 
 def announce_preview(connection: Connection, row: Any, image: bytes, *, steps_done: int) -> None:

@@ -71,10 +71,13 @@ def emit_all(connection: Connection, events: Sequence[NewEvent]) -> None:
     if connection.dialect.name == "postgresql":
         # Readers ask for what is behind a place: no row may become visible in front of one that already is.
         connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})
+    passing: dict[str, list[str]] = {}
     for event in events:
         if event.passing:
-            before = (Event.subject == event.subject, Event.kind == event.kind, Event.passing.is_(True))
-            connection.execute(delete(Event).where(*before))
+            passing.setdefault(event.kind, []).append(event.subject)
+    for kind, subjects in passing.items():
+        before = (Event.subject.in_(subjects), Event.kind == kind, Event.passing.is_(True))
+        connection.execute(delete(Event).where(*before))
     rows = [
         {"tenant": one.tenant, "kind": one.kind, "subject": one.subject, "data": one.data, "passing": one.passing}
         for one in events

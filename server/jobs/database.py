@@ -1,7 +1,8 @@
 """Connection to the job database, its clock, and its schema (Alembic, in ``migrations/``).
 
-SQLite runs in WAL mode with ``synchronous=FULL``: what was committed survives a power cut. Every transaction
-that writes takes the write lock at its beginning, so that two writers wait for each other instead of failing.
+SQLite runs in WAL mode with ``synchronous=FULL``: what was committed survives a power cut, but for what says that it
+need not. Every transaction that writes takes the write lock at its beginning, so that two writers wait for each other
+instead of failing. Those of one process stand in line for it; those of several try again and again.
 
 PostgreSQL runs what reads in REPEATABLE READ, where nothing that only reads can fail, and what writes in READ
 COMMITTED: writers lock the rows that they choose, several rows in one order, so none ends in a deadlock or needs to be
@@ -11,6 +12,8 @@ tried again (:func:`lock_rows`).
 import fcntl
 import logging
 import os
+import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +38,7 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
@@ -51,8 +55,8 @@ __all__ = [
 
 BUSY_TIMEOUT_MS = 5000
 _MIGRATIONS = Path(__file__).parent / "migrations"
-_CONNECTIONS, _QUICK_CONNECTIONS = 20, 5
-"""Most connections to PostgreSQL of one :class:`Database`, and of one whose commits do not wait for the disk."""
+_CONNECTIONS = 20
+"""Most connections to PostgreSQL of one :class:`Database`."""
 _MIGRATION_LOCK_KEY = 0x6D656473  # any number of our own for pg_advisory_xact_lock
 
 _POSTGRESQL_SESSION = {
@@ -98,13 +102,12 @@ class Database:
 
     Args:
         url: SQLAlchemy URL; ``sqlite:///`` or ``postgresql://``, which psycopg speaks to.
-        is_durable: Whether what was committed outlives a power cut; where not, commits cost little.
 
     Raises:
         DatabaseURLError: Jobs cannot be kept there, or the driver is not installed.
     """
 
-    def __init__(self, url: str, *, is_durable: bool = True) -> None:
+    def __init__(self, url: str) -> None:
         self.url = make_url(url)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         if self.is_sqlite:
@@ -115,12 +118,14 @@ class Database:
                 connect_args={"timeout": BUSY_TIMEOUT_MS / 1000},
                 hide_parameters=True,  # errors are logged, and parameters are prompts and secrets
             )
-            _configure_sqlite(self.engine, is_durable=is_durable)
+            _configure_sqlite(self.engine)
             self._reader = self.engine
         else:
-            self.engine = _postgresql_engine(self.url, is_durable=is_durable)
+            self.engine = _postgresql_engine(self.url)
             self._reader = self.engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         self._writer = self.engine.execution_options(begin_immediate=True)
+        self._quick_writer = self._writer.execution_options(is_durable=False)
+        self._turn = threading.Lock()
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -129,10 +134,29 @@ class Database:
             yield connection
 
     @contextmanager
-    def write(self) -> Iterator[Connection]:
-        """A transaction that may write; committed (and on disk) when the block ends without an error."""
-        with self._writer.begin() as connection:
-            yield connection
+    def write(self, *, is_durable: bool = True) -> Iterator[Connection]:
+        """A transaction that may write; committed (and on disk) when the block ends without an error.
+
+        Args:
+            is_durable: False: it costs little, but a power cut may undo it. It is never undone without those after it.
+
+        Raises:
+            OperationalError: The database cannot be reached, or others write for longer than one waits.
+        """
+        engine = self._writer if is_durable else self._quick_writer
+        if not self.is_sqlite:
+            with engine.begin() as connection:
+                if not is_durable:
+                    connection.execute(text("set local synchronous_commit = off"))
+                yield connection
+            return
+        if not self._turn.acquire(timeout=BUSY_TIMEOUT_MS / 1000):
+            raise OperationalError("BEGIN IMMEDIATE", None, sqlite3.OperationalError("database is locked"))
+        try:
+            with engine.begin() as connection:
+                yield connection
+        finally:
+            self._turn.release()
 
     def close(self) -> None:
         """Close all pooled connections."""
@@ -163,16 +187,14 @@ def lock_rows(connection: Connection, query: Select[Any], *, skip_locked: bool =
     return list(connection.scalars(query.with_for_update(skip_locked=skip_locked)))
 
 
-def _postgresql_engine(url: URL, *, is_durable: bool) -> Engine:
+def _postgresql_engine(url: URL) -> Engine:
     if url.get_backend_name() != "postgresql":
         raise DatabaseURLError(f"the job database is SQLite or PostgreSQL, not {url.get_backend_name()}")
     if url.drivername == "postgresql":
         url = url.set(drivername="postgresql+psycopg")
-    session = {**_POSTGRESQL_SESSION, **({} if is_durable else {"synchronous_commit": "off"})}
-    options = [f"-c {name}={value}" for name, value in session.items()]
+    options = [f"-c {name}={value}" for name, value in _POSTGRESQL_SESSION.items()]
     given = url.query.get("options", ())  # the operator's word is the last
     options += [given] if isinstance(given, str) else given
-    most = _CONNECTIONS if is_durable else _QUICK_CONNECTIONS
     defaults = {name: value for name, value in _POSTGRESQL_CONNECTION.items() if name not in url.query}
     try:
         return create_engine(
@@ -180,8 +202,8 @@ def _postgresql_engine(url: URL, *, is_durable: bool) -> Engine:
             connect_args={"application_name": "medsora", **defaults, "options": " ".join(options)},
             hide_parameters=True,
             pool_pre_ping=True,  # after a restart of PostgreSQL no request meets a dead connection
-            pool_size=most // 2,
-            max_overflow=most - most // 2,
+            pool_size=_CONNECTIONS // 2,
+            max_overflow=_CONNECTIONS - _CONNECTIONS // 2,
             pool_timeout=10.0,
             pool_use_lifo=True,  # so that what a rush has opened falls idle, and a proxy between may close it
         )
@@ -191,7 +213,7 @@ def _postgresql_engine(url: URL, *, is_durable: bool) -> Engine:
         ) from error
 
 
-def _configure_sqlite(engine: Engine, *, is_durable: bool) -> None:
+def _configure_sqlite(engine: Engine) -> None:
     @event.listens_for(engine, "connect")
     def _on_connect(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # we begin transactions ourselves, below
@@ -199,7 +221,7 @@ def _configure_sqlite(engine: Engine, *, is_durable: bool) -> None:
         for pragma in (
             f"busy_timeout={BUSY_TIMEOUT_MS}",
             "journal_mode=WAL",
-            f"synchronous={'FULL' if is_durable else 'NORMAL'}",
+            "synchronous=FULL",
             "foreign_keys=ON",
         ):
             cursor.execute(f"PRAGMA {pragma}")
@@ -207,7 +229,12 @@ def _configure_sqlite(engine: Engine, *, is_durable: bool) -> None:
 
     @event.listens_for(engine, "begin")
     def _on_begin(connection: Connection) -> None:
-        immediate = connection.get_execution_options().get("begin_immediate", False)
+        options = connection.get_execution_options()
+        immediate = options.get("begin_immediate", False)
+        wanted = "FULL" if options.get("is_durable", True) else "NORMAL"
+        if immediate and connection.info.setdefault("synchronous", "FULL") != wanted:
+            connection.exec_driver_sql(f"PRAGMA synchronous={wanted}")
+            connection.info["synchronous"] = wanted
         # A deferred transaction that turns into a writer fails at once when another wrote in between.
         connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
 

@@ -1,5 +1,6 @@
 """All queries of the job table. Each method is one transaction; each change of state is one conditional UPDATE, and
-the rows that it changed are announced (``server/events``) in the same transaction.
+the rows that it changed are announced (``server/events``) in the same transaction. What is no state, such as progress
+and renewed leases, is written without waiting for the disk: after a power cut nobody works on a job any more anyway.
 
 A claim raises ``attempt``, and that number is the fencing token: whoever wants to change a running job must
 name it, and is told no (False, None) once somebody else has claimed the job. Times are compared inside the
@@ -303,7 +304,7 @@ class JobRepository:
     def want_previews(self, job_ids: Collection[str], tenants: Collection[str], *, for_s: float) -> None:
         """Let workers show previews of these unfinished jobs, and of all of these tenants, for a while."""
         meant = and_(Job.status.not_in(_TERMINAL_NAMES), or_(Job.id.in_(job_ids), Job.tenant.in_(tenants)))
-        with self._database.write() as connection:
+        with self._database.write(is_durable=False) as connection:
             in_order = select(Job.seq).where(meant).order_by(Job.seq).with_for_update()
             connection.execute(update(Job).where(Job.seq.in_(in_order)).values(previews_until=database_now() + for_s))
 
@@ -433,7 +434,7 @@ class JobRepository:
         for claim, steps_done in progress.items():
             by_steps.setdefault(steps_done, []).append(claim)
         rows: list[Any] = []
-        with self._database.write() as connection:
+        with self._database.write(is_durable=False) as connection:
             _lock_jobs(connection, [job_id for job_id, _ in progress])
             for steps_done, claims in by_steps.items():
                 statement = (
@@ -445,8 +446,7 @@ class JobRepository:
                 rows += connection.execute(statement).all()
             answers = {row.id: bool(row.cancel_requested) for row in rows}
             if announce:  # last: see server/events/log.py
-                for row in rows:
-                    announce_progress(connection, row)
+                announce_progress(connection, rows)
         return answers
 
     def previews_wanted(self, job_ids: Collection[str]) -> set[str]:
@@ -462,7 +462,7 @@ class JobRepository:
             image: WebP.
             steps_done: After which the picture was taken.
         """
-        with self._database.write() as connection:
+        with self._database.write(is_durable=False) as connection:
             row = connection.execute(select(_TABLE).where(*_held(job_id, token))).one_or_none()
             if row is not None:
                 announce_preview(connection, row, image, steps_done=steps_done)
@@ -530,7 +530,7 @@ class JobRepository:
 
     def count_batch(self, model: str, size: int) -> None:
         """Count a batch that has been sampled."""
-        with self._database.write() as connection:
+        with self._database.write(is_durable=False) as connection:
             add_observations(connection, [Observation(BATCH_SIZE, (model,), size)])
 
     def _end(self, job_id: str, token: int, status: JobStatus, code: str, message: str) -> bool:
@@ -583,7 +583,7 @@ class JobRepository:
         ids = list(job_ids)
         if ids:
             query = select(Job.seq).where(Job.id.in_(ids), Job.status == JobStatus.QUEUED).order_by(Job.seq)
-            with self._database.write() as connection:
+            with self._database.write(is_durable=False) as connection:
                 # one that somebody is at is being claimed, cancelled or marked
                 seqs = lock_rows(connection, query, skip_locked=True)
                 connection.execute(update(Job).where(Job.seq.in_(seqs)).values(published_at=database_now()))

@@ -63,7 +63,7 @@ class WorkerRegistry:
             "gpu_peak_bytes": gpu_peak_bytes,
         }
         statement = update(WorkerProcess).where(WorkerProcess.id == worker_id).values(**values)
-        with self._database.write() as connection:
+        with self._database.write(is_durable=False) as connection:
             if connection.execute(statement).rowcount == 0:
                 connection.execute(insert(WorkerProcess).values(id=worker_id, started_at=database_now(), **values))
 

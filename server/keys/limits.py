@@ -231,7 +231,7 @@ class RequestLimiter:
     """Counts the requests of tenants.
 
     Args:
-        database: Best one whose commits need not outlive a power cut: a request may be counted, or not.
+        database: A power cut may undo what was counted last.
     """
 
     def __init__(self, database: Database, defaults: Limits) -> None:
@@ -248,7 +248,7 @@ class RequestLimiter:
             return RequestRate(0, 0, _MINUTE_S, _MINUTE_S)
         pace = limit / _MINUTE_S
         query = select(_ALLOWANCE).where(RequestAllowance.tenant == tenant).with_for_update()
-        with self._database.write() as connection:
+        with self._database.write(is_durable=False) as connection:
             now = _now(connection)
             insert_if_absent(connection, _ALLOWANCE, {"tenant": tenant, "remaining": float(limit), "at": now})
             row = connection.execute(query).one()
