@@ -21,16 +21,17 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
+from clients import Clients
 from generate import RESULTS, describe_machine, save
 
-from medsora.manifest import find_checkpoint, read_manifest
+from medsora.manifest import Manifest, find_checkpoint, read_manifest
 from medsora.request import GenerationRequest, resolve_request
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 900
-RUN_TIMEOUT_S = 3600
 
 
 def main() -> None:
@@ -92,8 +92,13 @@ def find(name: str, folder: Path) -> Path:
     return write_tiny_checkpoint(folder / "tiny")
 
 
+@lru_cache
+def manifest_of(checkpoint: Path) -> Manifest:
+    return read_manifest(checkpoint)
+
+
 def request_of(checkpoint: Path, steps: int | None, seed: int) -> GenerationRequest:
-    manifest = read_manifest(checkpoint)
+    manifest = manifest_of(checkpoint)
     label = manifest.labels[seed % len(manifest.labels)].name
     return resolve_request(manifest, label=label, seed=seed, num_inference_steps=steps)
 
@@ -192,71 +197,20 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> N
     raise SystemExit(f"the server did not become ready; its log ends:\n{log.read_text(errors='replace')[-3000:]}")
 
 
-class Clients:
-    """Threads that ask for clips until all are made."""
-
-    def __init__(self, url: str, checkpoint: Path, options: argparse.Namespace) -> None:
-        self._url, self._checkpoint, self._options = url, checkpoint, options
-        self._lock = threading.Lock()
-        self._asked = 0
-        self.ids: list[str] = []
-        self.latencies: list[float] = []
-        self.problems: list[str] = []
-
-    def run(self) -> None:
-        threads = [threading.Thread(target=self._client) for _ in range(self._options.clients)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(RUN_TIMEOUT_S)
-        if self.problems:
-            raise SystemExit(f"{len(self.problems)} clients failed; the first: {self.problems[0]}")
-
-    def _next(self) -> int | None:
-        with self._lock:
-            if self._asked == self._options.clips:
-                return None
-            self._asked += 1
-            return self._asked
-
-    def _client(self) -> None:
-        try:
-            with httpx.Client(base_url=self._url, timeout=60, trust_env=False) as client:
-                self._ask_for_clips(client)
-        except Exception as error:
-            self.problems.append(f"{type(error).__name__}: {error}")
-
-    def _ask_for_clips(self, client: httpx.Client) -> None:
-        waiting: list[tuple[str, float]] = []
-        while True:
-            while len(waiting) < self._options.outstanding:
-                number = self._next()
-                if number is None:
-                    break
-                request = request_of(self._checkpoint, self._options.steps, number)
-                body = {"prompt": request.label, "seed": number, "num_inference_steps": request.num_inference_steps}
-                began = time.perf_counter()
-                waiting.append((client.post("/v1/videos", json=body).raise_for_status().json()["id"], began))
-            if not waiting:
-                return
-            # the oldest first: once it is done, the others are about to be
-            while True:
-                answer = client.get(f"/v1/videos/{waiting[0][0]}").raise_for_status()
-                video = answer.json()
-                if video["status"] in ("completed", "failed"):
-                    break
-                time.sleep(int(answer.headers["openai-poll-after-ms"]) / 1000)
-            if video["status"] == "failed":
-                raise RuntimeError(str(video["error"]))
-            job_id, began = waiting.pop(0)
-            with self._lock:
-                self.ids.append(job_id)
-                self.latencies.append(time.perf_counter() - began)
-
-
 def load(url: str, database: Path, checkpoint: Path, options: argparse.Namespace, batch: int) -> dict[str, Any]:
     """Let the clients ask, and read from its table when which clip was done."""
-    clients = Clients(url, checkpoint, options)
+
+    def body_of(number: int) -> dict[str, Any]:
+        request = request_of(checkpoint, options.steps, number)
+        return {"prompt": request.label, "seed": number, "num_inference_steps": request.num_inference_steps}
+
+    clients = Clients(
+        url.removeprefix("http://"),
+        body_of,
+        clips=options.clips,
+        clients=options.clients,
+        outstanding=options.outstanding,
+    )
     began = time.perf_counter()
     clients.run()
     whole_s = time.perf_counter() - began
@@ -270,6 +224,7 @@ def load(url: str, database: Path, checkpoint: Path, options: argparse.Namespace
     latencies = sorted(clients.latencies)
     return {
         "clips": options.clips,
+        "polls": clients.polls,
         "clips_per_s": (len(middle) - 1) / (middle[-1] - middle[0]),
         "whole_run_clips_per_s": options.clips / whole_s,
         "mean_batch": sizes,
