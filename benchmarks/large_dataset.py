@@ -178,7 +178,7 @@ def index_and_ranges(folder: Path, count: int) -> dict[str, Any]:
     from server.datasets.repository import DatasetRepository
     from server.jobs.database import Database, migrate
 
-    database = Database(f"sqlite:///{folder / 'rows.db'}", is_durable=False)
+    database = Database(f"sqlite:///{folder / 'rows.db'}")
     migrate(database)
     repository, files = DatasetRepository(database, lease_s=60), DatasetFiles(folder / "datasets")
     names = ("modality", "description", "licence", "intended_use")

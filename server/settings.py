@@ -144,6 +144,13 @@ class Settings(BaseSettings):
     worker_processes: int = Field(
         1, ge=1, le=64, description="Sampling processes of one worker; each holds its own copy of the model."
     )
+    encoder_processes: int | None = Field(
+        None,
+        ge=0,
+        le=64,
+        description="Processes that encode and store the clips of a sampling process. 0: its own threads do it, which "
+        "slows the sampler down. None: one for three cores, from 1 to 6.",
+    )
     worker_max_memory_mib: int = Field(
         8192,
         ge=256,

@@ -42,6 +42,9 @@ class ClipDroppedError(Exception):
         super().__init__(message)
         self.code = code
 
+    def __reduce__(self) -> tuple[type["ClipDroppedError"], tuple[str, str]]:  # encoder processes send it
+        return type(self), (self.code, str(self))
+
 
 class _Others:
     """The fingerprints of a dataset that were seen so far."""

@@ -1,14 +1,10 @@
-"""From samples to published videos: encode, check, store, commit; in threads, while the next batch is sampled."""
+"""From samples to published videos: let encoders make the files, and commit; while the next batch is sampled."""
 
 import logging
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -19,20 +15,19 @@ from sqlalchemy.exc import SQLAlchemyError
 from medsora.errors import BackendError, CheckpointError, MedsoraError
 from medsora.provenance import clip_metadata
 from medsora.request import GenerationRequest
-from medsora.video_io import write_ffv1, write_mp4
 from server.checkpoints import ServedCheckpoint
 from server.errors import without_folders
 from server.jobs.repository import Claim, FinishedWork, log_fields
 from server.logs import bound
 from server.objects import StorageUnavailableError
-from server.storage import ArtifactInfo, StorageFullError, Variant
+from server.storage import StorageFullError, Variant
 from server.worker.attempts import trace_attempt
 from server.worker.dataset_clips import ClipDroppedError
+from server.worker.encoders import EncoderLostError
+from server.worker.encoding import ClipOrder
 from server.worker.progress import ClaimKeeper, ClaimLost, JobCanceled
-from server.worker.publishing import MADE_OF_FRAMES, write_checked, write_origin
 from server.worker.runtime import WorkerRuntime
 from server.worker.sources import SourceError
-from server.worker.stills import write_spritesheet, write_thumbnail
 
 __all__ = ["Finisher", "SampledBatch", "close_canceled", "explain", "settle"]
 
@@ -40,7 +35,8 @@ Frames = np.ndarray[Any, np.dtype[np.uint8]]
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
-_MOST_THREADS = 12
+_COMMIT_EVERY_S = 0.05
+"""Clips of a batch that become ready within so short a time are committed together: a commit waits for the disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +57,7 @@ class Finisher:
 
     def __init__(self, runtime: WorkerRuntime, keeper: ClaimKeeper) -> None:
         self._runtime, self._keeper = runtime, keeper
-        # two at least: while one waits for the disk, the other encodes; else one core is left to the sampler
-        threads = max(2, min(_MOST_THREADS, (os.cpu_count() or 1) - 1))
-        self._encoders = ThreadPoolExecutor(threads, thread_name_prefix="encode")
+        self._encoders = ThreadPoolExecutor(runtime.encoders.lanes, thread_name_prefix="encode")
         self._coordinator = ThreadPoolExecutor(1, thread_name_prefix="finish")
         self._current: Future[None] | None = None
 
@@ -82,11 +76,12 @@ class Finisher:
         self.wait()
         self._current = self._coordinator.submit(self._finish, batch)
 
-    def wait(self) -> None:
-        """Wait until no batch is being finished."""
+    def wait(self) -> bool:
+        """Wait until no batch is being finished; returns whether there was one."""
         current, self._current = self._current, None
         if current is not None:
             current.result()
+        return current is not None
 
     def _finish(self, batch: SampledBatch) -> None:
         self._count(batch.checkpoint.name, len(batch.claims))
@@ -95,8 +90,8 @@ class Finisher:
         }
         pending = set(futures)
         while pending:
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            # what became ready meanwhile goes into the same transaction
+            wait(pending, return_when=FIRST_COMPLETED)
+            done, pending = wait(pending, timeout=_COMMIT_EVERY_S)
             self._publish([(futures[future], future.result()) for future in done])
 
     def _make_files(self, batch: SampledBatch, number: int) -> FinishedWork | Exception:
@@ -105,24 +100,25 @@ class Finisher:
         end = self._keeper.end_of(claim)
         if end is not None:
             return end
-        metadata = clip_metadata(request, model=batch.checkpoint.name, model_sha256=batch.checkpoint.sha256)
-        began = time.monotonic()
+        order = ClipOrder(
+            claim=claim,
+            metadata=clip_metadata(request, model=batch.checkpoint.name, model_sha256=batch.checkpoint.sha256),
+            checkpoint=batch.checkpoint.directory,
+        )
         try:
-            stored, encode_s = _store(self._runtime, claim, frames, metadata)
+            clip = self._runtime.encoders.run(order, frames)
         except Exception as error:
-            with suppress(OSError):  # the reaper removes what stays
-                self._runtime.store.remove_attempt(claim.job.id, claim.token)
             return error
-        video = stored[Variant.VIDEO]
+        video = clip.files[Variant.VIDEO]
         return FinishedWork(
             artifact=video.name,
             size_bytes=video.size_bytes,
             sha256=video.sha256,
-            thumbnail_sha256=stored[Variant.THUMBNAIL].sha256,
-            spritesheet_sha256=stored[Variant.SPRITESHEET].sha256,
+            thumbnail_sha256=clip.files[Variant.THUMBNAIL].sha256,
+            spritesheet_sha256=clip.files[Variant.SPRITESHEET].sha256,
             sampling_s=batch.sampling_s,
-            encode_s=encode_s,
-            store_s=time.monotonic() - began - encode_s,
+            encode_s=clip.encode_s,
+            store_s=clip.store_s,
             batch_size=len(batch.claims),
         )
 
@@ -158,6 +154,8 @@ class Finisher:
                     close_canceled(self._runtime, self._keeper, claim, work)
                 elif isinstance(work, StorageUnavailableError):
                     self._hand_back(claim, work)
+                elif isinstance(work, EncoderLostError) and claim.token - 1 <= claim.job.handed_back:
+                    self._try_again(claim, work)
                 elif isinstance(work, Exception):
                     self._fail(claim, work)
         except SQLAlchemyError as error:
@@ -177,6 +175,15 @@ class Finisher:
             settle(lambda: self._runtime.repository.finish_cancel(*key))
         trace_attempt(claim, "handed_back")
 
+    def _try_again(self, claim: Claim, error: EncoderLostError) -> None:
+        """Whose clip ended the encoder process is not known. It has used an attempt, and runs alone the next time."""
+        with bound(**log_fields(claim.job)):
+            logger.error("%s is made again: %s", claim.job.id, error)
+        key = (claim.job.id, claim.token)
+        if not settle(lambda: self._runtime.repository.hand_back_all([key], uses_attempt=True)):
+            settle(lambda: self._runtime.repository.finish_cancel(*key))
+        trace_attempt(claim, "lost")
+
     def _fail(self, claim: Claim, error: Exception) -> None:
         code, message = explain(error)
         with bound(**log_fields(claim.job)):
@@ -186,36 +193,6 @@ class Finisher:
                 logger.error("%s failed: %s", claim.job.id, code, exc_info=error)
         settle(lambda: self._runtime.repository.fail(claim.job.id, claim.token, code=code, message=message))
         trace_attempt(claim, code)
-
-
-def _store(
-    runtime: WorkerRuntime, claim: Claim, frames: Frames, metadata: Mapping[str, str]
-) -> tuple[dict[Variant, ArtifactInfo], float]:
-    """Write all files of a clip; returns what was written, and the seconds that encoding took."""
-    job = claim.job
-    checkpoint, _ = runtime.pipeline(job.model)
-    is_of_dataset = runtime.dataset_clips.keep(claim, frames, metadata, checkpoint=checkpoint.directory)
-    variants = list(MADE_OF_FRAMES)
-    if runtime.settings.keep_lossless and not is_of_dataset:  # datasets have formats of their own, exact ones too
-        variants.append(Variant.LOSSLESS)
-    encode_s = 0.0
-
-    def write(variant: Variant, path: Path) -> None:
-        nonlocal encode_s
-        began = time.monotonic()
-        if variant is Variant.VIDEO:
-            write_mp4(path, frames, fps=job.fps, metadata=metadata)
-        elif variant is Variant.LOSSLESS:
-            write_ffv1(path, frames, fps=job.fps, metadata=metadata)
-        elif variant is Variant.THUMBNAIL:
-            write_thumbnail(path, frames, metadata=metadata)
-        else:
-            write_spritesheet(path, frames, metadata=metadata)
-        encode_s += time.monotonic() - began
-
-    stored = write_checked(runtime, claim, {variant: partial(write, variant) for variant in variants})
-    write_origin(runtime, claim, metadata, stored)
-    return stored, encode_s
 
 
 def _withdraw(runtime: WorkerRuntime, claim: Claim, artifact: str) -> None:
@@ -273,6 +250,8 @@ def explain(error: Exception) -> tuple[str, str]:
         return "time_limit_exceeded", "The video took longer than a job may take."
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out_of_memory", "The device has too little free memory for this video."
+    if isinstance(error, EncoderLostError):
+        return "generation_failed", "The process that encoded the video was lost, twice."
     if isinstance(error, MedsoraError):
         return "generation_failed", f"The video could not be made: {without_folders(str(error))}"
     return "generation_failed", f"The video could not be made: {type(error).__name__}."

@@ -62,6 +62,8 @@ def run_jobs(runtime: WorkerRuntime) -> int:
                 break  # the reaper tells of waiting jobs again and again
             claims = _claim(runtime)
             if not claims:
+                if finisher.wait():  # meanwhile more may have come, or come back
+                    continue
                 break
             taken += len(claims)
             keeper.keep(claims)

@@ -4,26 +4,44 @@ import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import medsora
 from medsora.errors import VideoError
 from medsora.video_io import probe_video
 from server.jobs.repository import Claim
-from server.storage import ArtifactInfo, StorageFullError, Variant
+from server.settings import Settings
+from server.storage import ArtifactInfo, ArtifactStore, StorageFullError, Variant
+from server.worker.dataset_clips import DatasetClips
 from server.worker.marks import check_mark
-from server.worker.runtime import WorkerRuntime
 from server.worker.signing import check_signature, sign_file, signer_of
 from server.worker.stills import read_size
 
-__all__ = ["MADE_OF_FRAMES", "write_checked", "write_origin"]
+__all__ = ["MADE_OF_FRAMES", "Stores", "write_checked", "write_origin"]
 
 MADE_OF_FRAMES = (Variant.VIDEO, Variant.THUMBNAIL, Variant.SPRITESHEET)
 _SIGNED = frozenset(MADE_OF_FRAMES)
 """There are no C2PA manifests in Matroska and JSON."""
 
 
+class Stores(Protocol):
+    """Where files of clips go."""
+
+    @property
+    def settings(self) -> Settings:
+        """With what they are signed."""
+
+    @property
+    def store(self) -> ArtifactStore:
+        """Videos, and what is made of them."""
+
+    @property
+    def dataset_clips(self) -> DatasetClips:
+        """Files of clips of datasets."""
+
+
 def write_checked(
-    runtime: WorkerRuntime, claim: Claim, files: Mapping[Variant, Callable[[Path], None]]
+    stores: Stores, claim: Claim, files: Mapping[Variant, Callable[[Path], None]]
 ) -> dict[Variant, ArtifactInfo]:
     """Write files of a clip, and read them back before they are published: whole, and saying that they are synthetic.
 
@@ -31,7 +49,7 @@ def write_checked(
         files: Of each variant what writes it.
     """
     job = claim.job
-    signer = signer_of(runtime.settings) if _SIGNED & set(files) else None
+    signer = signer_of(stores.settings) if _SIGNED & set(files) else None
 
     def write_signed(variant: Variant, path: Path) -> None:
         files[variant](path)
@@ -50,20 +68,20 @@ def write_checked(
             check_signature(path)
 
     try:
-        return runtime.store.write_all(
+        return stores.store.write_all(
             job.id,
             claim.token,
             {variant: (partial(write_signed, variant), partial(check, variant)) for variant in files},
         )
     except VideoError as error:
         # Some writers notice a full disk only by a file that is cut off.
-        if runtime.store.free_bytes() < job.num_frames * job.height * job.width * 3:
+        if stores.store.free_bytes() < job.num_frames * job.height * job.width * 3:
             raise StorageFullError("no room for the video") from error
         raise
 
 
 def write_origin(
-    runtime: WorkerRuntime, claim: Claim, metadata: Mapping[str, str], stored: Mapping[Variant, ArtifactInfo]
+    stores: Stores, claim: Claim, metadata: Mapping[str, str], stored: Mapping[Variant, ArtifactInfo]
 ) -> None:
     """Write beside the files what made them: what their marks say, and their hashes. No prompt: it may be private.
 
@@ -77,7 +95,7 @@ def write_origin(
         "not_for_diagnosis": True,
         "job_id": claim.job.id,
         "server_version": medsora.__version__,
-        "has_c2pa_manifest": signer_of(runtime.settings) is not None,
+        "has_c2pa_manifest": signer_of(stores.settings) is not None,
         "files": {
             variant.value: {"sha256": info.sha256, "size_bytes": info.size_bytes} for variant, info in stored.items()
         },
@@ -87,4 +105,4 @@ def write_origin(
     def write(path: Path) -> None:
         path.write_text(text)
 
-    write_checked(runtime, claim, {Variant.PROVENANCE: write})
+    write_checked(stores, claim, {Variant.PROVENANCE: write})

@@ -9,7 +9,6 @@ import resource
 import secrets
 import signal
 import socket
-import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -38,6 +37,8 @@ from server.sources.repository import SourceRepository
 from server.storage import ArtifactStore
 from server.worker.batch_limits import BatchLimits, best_size
 from server.worker.dataset_clips import DatasetClips
+from server.worker.encoders import EncoderProcesses, Encoders, LocalEncoders, encoder_count
+from server.worker.encoding import warm_up_encoder
 from server.worker.signing import signer_of
 from server.worker.storage_watch import StorageWatch
 
@@ -86,6 +87,7 @@ class WorkerRuntime:
             DatasetFiles(objects_of(settings, "datasets")),
             signer=signer_of(settings),
         )
+        self.encoders: Encoders = LocalEncoders(self)
         self._registry = WorkerRegistry(self.database, heartbeat_s=settings.worker_heartbeat_s)
         self._pipelines: dict[str, tuple[ServedCheckpoint, VideoPipeline]] = {}
         self._warm_up_s: dict[str, dict[str, float]] = {}
@@ -109,6 +111,10 @@ class WorkerRuntime:
         self._start_by = time.monotonic() + self.settings.worker_start_limit_s
         self._report_once()
         self._life.start()
+        count = encoder_count(self.settings)
+        encoders = EncoderProcesses(self.settings, count) if count else None  # they start meanwhile
+        if encoders is not None:
+            self.encoders = encoders
         problems = []
         for name in self.settings.checkpoints:
             if self.stopping.is_set():
@@ -121,6 +127,12 @@ class WorkerRuntime:
             except Exception as error:  # no memory for it, most often
                 logger.exception("model %s cannot be loaded", name)
                 problems.append(f"{without_folders(name)} cannot be loaded: {type(error).__name__}.")
+        if encoders is not None and not self.stopping.is_set():
+            try:
+                encoders.wait_until_ready()
+            except BackendError as error:
+                logger.error("%s", error)
+                problems.append(str(error))
         self._start_by = math.inf
         if self.stopping.is_set():
             return
@@ -129,8 +141,9 @@ class WorkerRuntime:
         self._report_once()
 
     def close(self) -> None:
-        """Leave the table of workers."""
+        """End the encoders, and leave the table of workers."""
         self._ended.set()
+        self.encoders.close()
         try:
             self._registry.sign_off(self.worker_id)
         except SQLAlchemyError:
@@ -211,7 +224,7 @@ class WorkerRuntime:
             try:
                 self._may_interrupt = True
                 seconds = pipeline.warm_up(requests)
-                _warm_up_encoder(requests[0], pipeline.manifest.limits.fps)
+                warm_up_encoder()
                 if not settings.batch_sizes:
                     self._choose_batch_size(name, pipeline, requests[0])
             finally:
@@ -319,17 +332,6 @@ def _requests_to_warm_up(manifest: Manifest, *, all_shapes: bool) -> list[Genera
         replace(request, width=width, height=height, num_frames=num_frames, guidance_scale=scale, sampler=sampler)
         for (width, height), num_frames, (sampler, scale) in itertools.product(limits.sizes, lengths, settings)
     ]
-
-
-def _warm_up_encoder(request: GenerationRequest, fps: float) -> None:
-    """Load the encoder: it takes 0.1 s."""
-    import numpy as np
-
-    from medsora.video_io import write_mp4
-
-    black = np.zeros((request.num_frames, request.height, request.width, 3), dtype=np.uint8)
-    with tempfile.TemporaryDirectory(prefix="medsora-warm-up-") as folder:
-        write_mp4(Path(folder) / "clip.mp4", black, fps=fps)
 
 
 def _gpu_peak_bytes() -> int:

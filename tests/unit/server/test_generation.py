@@ -39,6 +39,7 @@ from server.settings import Settings
 from server.storage import ArtifactStore, Variant
 from server.worker.batch_limits import BatchLimits
 from server.worker.dataset_clips import DatasetClips
+from server.worker.encoders import EncoderLostError, LocalEncoders
 from server.worker.generation import run_jobs
 from server.worker.runtime import WorkerRuntime
 from server.worker.signing import check_signature
@@ -100,11 +101,14 @@ class Bench:
                 dataset_clips=DatasetClips(
                     DatasetRepository(database, lease_s=60.0), DatasetFiles(folder / "datasets")
                 ),
+                encoders=None,
                 limits=BatchLimits(most),
                 window=lambda name: 16,
                 busy_at=-math.inf,
             ),
         )
+
+        self.runtime.encoders = LocalEncoders(self.runtime)
 
     def run(self, job_id: str) -> JobRecord:
         run_jobs(self.runtime)
@@ -184,12 +188,12 @@ def test_an_exact_copy_is_kept_where_that_is_set(bench: Bench, add_job: AddJob) 
 def test_still_that_cannot_be_made_fails_the_job_and_leaves_nothing(
     bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import server.worker.finishing as finishing
+    import server.worker.encoding as encoding
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(finishing, "write_spritesheet", full)
+    monkeypatch.setattr(encoding, "write_spritesheet", full)
     job = bench.run(add_job())
     assert (job.status, job.error_code) == (JobStatus.FAILED, "storage_full")
     assert bench.files() == []
@@ -213,16 +217,16 @@ def test_canceled_job_stops_at_the_next_step_and_leaves_nothing(bench: Bench, ad
 
 
 def test_cancellation_while_encoding_wins(bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    import server.worker.finishing as finishing
+    import server.worker.encoding as encoding
 
     job_id = add_job()
-    write = finishing.write_mp4
+    write = encoding.write_mp4
 
     def slow_write(*args: Any, **kwargs: Any) -> None:
         write(*args, **kwargs)
         bench.repository.request_cancel(job_id)
 
-    monkeypatch.setattr(finishing, "write_mp4", slow_write)
+    monkeypatch.setattr(encoding, "write_mp4", slow_write)
     assert bench.run(job_id).status is JobStatus.CANCELED
     assert bench.files() == []
 
@@ -230,18 +234,18 @@ def test_cancellation_while_encoding_wins(bench: Bench, add_job: AddJob, monkeyp
 def test_late_worker_removes_its_own_file_and_nothing_else(
     bench: Bench, add_job: AddJob, expire_lease: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import server.worker.finishing as finishing
+    import server.worker.encoding as encoding
 
     job_id = add_job()
-    write = finishing.write_mp4
+    write = encoding.write_mp4
 
     def overtaken(*args: Any, **kwargs: Any) -> None:
-        monkeypatch.setattr(finishing, "write_mp4", write)
+        monkeypatch.setattr(encoding, "write_mp4", write)
         write(*args, **kwargs)
         expire_lease(job_id)
         run_jobs(bench.runtime)  # the second worker takes over and finishes
 
-    monkeypatch.setattr(finishing, "write_mp4", overtaken)
+    monkeypatch.setattr(encoding, "write_mp4", overtaken)
     job = bench.run(job_id)
     assert (job.status, job.attempt) == (JobStatus.SUCCEEDED, 2)
     assert bench.files() == files_of(job_id, 2)
@@ -326,10 +330,10 @@ def test_errors_have_codes(bench: Bench, add_job: AddJob, error: Exception, code
 
 
 def test_short_file_is_not_published(bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    import server.worker.finishing as finishing
+    import server.worker.encoding as encoding
 
-    write = finishing.write_mp4
-    monkeypatch.setattr(finishing, "write_mp4", lambda path, frames, **kw: write(path, frames[:8], **kw))
+    write = encoding.write_mp4
+    monkeypatch.setattr(encoding, "write_mp4", lambda path, frames, **kw: write(path, frames[:8], **kw))
     job = bench.run(add_job())
     assert (job.status, job.error_code) == (JobStatus.FAILED, "generation_failed")
     assert "8 frames" in str(job.error_message)
@@ -436,20 +440,47 @@ def test_job_that_fails_does_not_fail_its_neighbours(bench: Bench, add_job: AddJ
 def test_clip_that_cannot_be_stored_does_not_fail_its_neighbours(
     bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import server.worker.finishing as finishing
+    import server.worker.encoding as encoding
 
     ids = [add_job(seed=seed) for seed in range(3)]
-    write = finishing.write_thumbnail
+    write = encoding.write_thumbnail
 
     def refuse_one(path: Path, *args: Any, **options: Any) -> None:
         if ids[1] in path.name:
             raise OSError(errno.EIO, "bad block")
         write(path, *args, **options)
 
-    monkeypatch.setattr(finishing, "write_thumbnail", refuse_one)
+    monkeypatch.setattr(encoding, "write_thumbnail", refuse_one)
     run_jobs(bench.runtime)
     assert status_of(bench, ids) == ["succeeded", "failed", "succeeded"]
     assert bench.files() == sorted([*files_of(ids[0], 1), *files_of(ids[2], 1)])
+
+
+def test_clip_whose_encoder_is_lost_runs_alone_the_next_time_and_fails_where_it_was_the_cause(
+    bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [add_job(seed=seed) for seed in range(3)]
+    run = bench.runtime.encoders.run
+    asked: list[int] = []
+
+    def lose(order: Any, frames: Any) -> Any:
+        seed = order.claim.job.seed
+        asked.append(seed)
+        if seed == 1 or (seed == 2 and asked.count(2) == 1):  # they were in the same process
+            raise EncoderLostError("the process that encoded it is lost")
+        return run(order, frames)
+
+    monkeypatch.setattr(bench.runtime.encoders, "run", lose)
+    run_jobs(bench.runtime)
+    assert bench.model.batches == [[0, 1, 2], [1], [2]]
+    assert status_of(bench, ids) == ["succeeded", "failed", "succeeded"]
+    assert attempts_of(bench, ids) == [1, 2, 2]
+    lost = bench.repository.get(ids[1])
+    assert lost is not None
+    assert (lost.error_code, lost.error_message) == (
+        "generation_failed",
+        "The process that encoded the video was lost, twice.",
+    )
 
 
 def test_lack_of_memory_halves_the_batch_and_is_remembered(bench: Bench, add_job: AddJob) -> None:
@@ -548,10 +579,10 @@ def test_turn_ends_and_says_that_there_is_more(bench: Bench, add_job: AddJob, mo
 def test_no_more_than_two_batches_of_clips_are_held(
     bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import server.worker.finishing as finishing
+    import server.worker.encoding as encoding
 
     events: list[str] = []
-    write = finishing.write_mp4
+    write = encoding.write_mp4
 
     second_begun = threading.Event()
 
@@ -565,7 +596,7 @@ def test_no_more_than_two_batches_of_clips_are_held(
         if events.count("sampling") == 2:
             second_begun.set()
 
-    monkeypatch.setattr(finishing, "write_mp4", slow_write)
+    monkeypatch.setattr(encoding, "write_mp4", slow_write)
     bench.model.at_batch = at_batch
     for seed in range(16):
         add_job(seed=seed)
@@ -587,10 +618,10 @@ def test_batches_are_counted(bench: Bench, add_job: AddJob, database: Database) 
 def test_what_does_not_say_that_it_is_synthetic_is_not_published(
     bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
-    import server.worker.finishing as finishing
+    import server.worker.encoding as encoding
 
     name = {"video": "write_mp4", "thumbnail": "write_thumbnail", "spritesheet": "write_spritesheet"}[lost]
-    write = getattr(finishing, name)
+    write = getattr(encoding, name)
 
     def write_bare(path: Path, frames: Any, **options: Any) -> None:
         if lost == "video":
@@ -602,7 +633,7 @@ def test_what_does_not_say_that_it_is_synthetic_is_not_published(
                 bare = Image.fromarray(np.asarray(image))
             bare.save(path)
 
-    monkeypatch.setattr(finishing, name, write_bare)
+    monkeypatch.setattr(encoding, name, write_bare)
     job = bench.run(add_job())
     assert (job.status, job.error_code) == (JobStatus.FAILED, "generation_failed")
     assert "does not say that it is synthetic" in str(job.error_message)

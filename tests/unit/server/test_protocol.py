@@ -73,7 +73,7 @@ class JobProtocol(RuleBasedStateMachine):
         self._folder = tempfile.TemporaryDirectory()
         root = Path(self._folder.name)
         (root / "jobs.db").write_bytes(_empty_database())
-        self._database = Database(f"sqlite:///{root / 'jobs.db'}", is_durable=False)
+        self._database = Database(f"sqlite:///{root / 'jobs.db'}")
         options = Settings(data_dir=root, lease_s=LEASE_S, orphan_scan_s=0.001, max_attempts=MAX_ATTEMPTS)
         sealer = Sealer(options)
         self._repository = JobRepository(self._database, lease_s=LEASE_S, max_attempts=MAX_ATTEMPTS)

@@ -1,0 +1,184 @@
+"""Encoder processes: the same files as without them, errors that come through, and what happens when one dies."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from medsora.errors import VideoError
+from medsora.provenance import clip_metadata
+from medsora.request import GenerationRequest
+from server.datasets.files import DatasetFiles
+from server.datasets.repository import DatasetRepository
+from server.jobs.database import Database, migrate
+from server.jobs.repository import JobRepository
+from server.settings import Settings
+from server.storage import ArtifactStore, Variant
+from server.worker.dataset_clips import ClipDroppedError, DatasetClips
+from server.worker.encoders import LANES, EncoderLostError, EncoderProcesses, LocalEncoders, encoder_count
+from server.worker.encoding import ClipOrder
+
+FRAMES = np.random.default_rng(0).integers(0, 255, (16, 32, 32, 3), dtype=np.uint8)
+
+
+class Workshop:
+    """One encoder process, and claims on jobs for it."""
+
+    def __init__(self, folder: Path, values: dict[str, Any]) -> None:
+        self.settings = Settings(data_dir=folder, redis_url="redis://127.0.0.1:1/0", log_level="error")
+        self.database = Database(self.settings.database_address)
+        migrate(self.database)
+        self.repository = JobRepository(self.database, lease_s=60.0, max_attempts=3)
+        self.store = ArtifactStore(self.settings.artifacts_dir)
+        self.encoders = EncoderProcesses(self.settings, 1)
+        self._values = values
+
+    def order(self, seed: int) -> ClipOrder:
+        job = self.repository.add({**self._values, "seed": seed}, max_queued=1000)
+        claim = self.repository.claim(job.id, worker="w")
+        assert claim is not None
+        request = GenerationRequest(
+            label=job.label,
+            seed=seed,
+            num_frames=job.num_frames,
+            height=job.height,
+            width=job.width,
+            num_inference_steps=job.num_inference_steps,
+            guidance_scale=job.guidance_scale,
+            sampler=job.sampler,
+        )
+        metadata = clip_metadata(request, model="tiny", model_sha256="0" * 64)
+        return ClipOrder(claim=claim, metadata=metadata, checkpoint=Path("unused"))
+
+    def process(self) -> psutil.Process:
+        (process,) = [
+            child for child in psutil.Process().children() if "server.worker.encoder" in " ".join(child.cmdline())
+        ]
+        return process
+
+
+@pytest.fixture(scope="module")
+def job_values_of_module() -> dict[str, Any]:
+    return {
+        "model": "tiny", "prompt": "covid lung", "label": "covid-convex", "num_frames": 16, "width": 32, "height": 32,
+        "fps": 8.0, "seconds": "2", "num_inference_steps": 4, "guidance_scale": 1.0, "sampler": "euler",
+        "prefix_frames": 0, "strength": 1.0,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory, job_values_of_module: dict[str, Any]) -> Iterator[Workshop]:
+    workshop = Workshop(tmp_path_factory.mktemp("encoders"), job_values_of_module)
+    workshop.encoders.wait_until_ready()
+    yield workshop
+    workshop.encoders.close()
+    workshop.database.close()
+
+
+def test_a_process_makes_the_same_files_as_a_thread(workshop: Workshop) -> None:
+    """All lanes at once, of clips that differ."""
+    orders = [workshop.order(seed) for seed in range(2 * LANES)]
+    clips = [FRAMES + np.uint8(seed) for seed in range(2 * LANES)]
+    with ThreadPoolExecutor(workshop.encoders.lanes) as threads:
+        made = list(threads.map(workshop.encoders.run, orders, clips))
+    stored = {clip.files[Variant.VIDEO].name: workshop.store.path(clip.files[Variant.VIDEO].name) for clip in made}
+    assert all(path.is_file() for path in stored.values())
+    assert len({clip.files[Variant.VIDEO].sha256 for clip in made}) == 2 * LANES
+    datasets = DatasetRepository(workshop.database, lease_s=60.0)
+    stores: Any = SimpleNamespace(
+        settings=workshop.settings,
+        store=workshop.store,
+        dataset_clips=DatasetClips(datasets, DatasetFiles(workshop.settings.datasets_dir)),
+    )
+    again = LocalEncoders(stores).run(orders[3], clips[3])
+    assert again.files == made[3].files, "names, sizes and hashes"
+
+
+def test_errors_come_through_with_where_they_came_from(workshop: Workshop) -> None:
+    with pytest.raises(VideoError, match="frames") as caught:
+        workshop.encoders.run(workshop.order(1), FRAMES[:8])  # not what the job says
+    assert "write_checked" in caught.value.__notes__[0]
+    assert list(workshop.store.root.rglob("*.part*")) == []
+
+
+def test_a_dropped_clip_tells_why_in_any_process() -> None:
+    error = copy.copy(ClipDroppedError("dropped_motion", "It does not move."))  # as pickle does it
+    assert (error.code, str(error)) == ("dropped_motion", "It does not move.")
+
+
+def test_a_process_that_is_lost_is_replaced(workshop: Workshop) -> None:
+    process = workshop.process()
+    process.suspend()
+    problems: list[Exception] = []
+
+    def encode(seed: int) -> None:
+        try:
+            workshop.encoders.run(workshop.order(seed), FRAMES)
+        except EncoderLostError as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=encode, args=(seed,)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: workshop.repository.count_waiting() == 0 and workshop.encoders._free.qsize() == LANES - 2)
+    process.kill()
+    for thread in threads:
+        thread.join()
+    assert len(problems) == 2, "those that were under way are told"
+    made = [workshop.encoders.run(workshop.order(seed), FRAMES) for seed in range(LANES + 1)]  # on every lane
+    assert len(made) == LANES + 1
+    assert workshop.process().pid != process.pid
+    workshop.process().kill()  # while it has nothing to do: nobody needs to know
+    wait_for(lambda: workshop.encoders._processes[0].has_ended())
+    assert workshop.encoders.run(workshop.order(9), FRAMES).files
+
+
+def test_it_hears_no_signals_and_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from server.settings import Settings;"
+        "from server.worker.encoders import EncoderProcesses;"
+        f"encoders = EncoderProcesses(Settings(data_dir=Path({str(tmp_path)!r})), 1); encoders.wait_until_ready();"
+        "print(encoders._processes[0].pid, flush=True); sys.stdin.read(); os._exit(70)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert parent.stdin is not None
+    assert parent.stdout is not None
+    encoder = psutil.Process(int(parent.stdout.readline()))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(encoder.pid, number)
+    assert encoder.is_running()
+    parent.stdin.close()
+    assert parent.wait(30) == 70
+    parent.stdout.close()
+    encoder.wait(30)
+
+
+@pytest.mark.parametrize(
+    ("cores", "sampling", "asked", "count"),
+    [(2, 1, None, 1), (16, 1, None, 5), (64, 1, None, 6), (16, 4, None, 1), (16, 1, 0, 0), (2, 1, 3, 3)],
+)
+def test_number_of_processes(
+    monkeypatch: pytest.MonkeyPatch, cores: int, sampling: int, asked: int | None, count: int
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert encoder_count(Settings(worker_processes=sampling, encoder_processes=asked)) == count
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    pause = threading.Event()
+    for _ in range(int(timeout_s / 0.01)):
+        if condition():
+            return
+        pause.wait(0.01)
+    raise AssertionError("it did not come about")
