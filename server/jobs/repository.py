@@ -20,7 +20,7 @@ from sqlalchemy import (
     Select,
     Update,
     and_,
-    case,
+    bindparam,
     delete,
     func,
     insert,
@@ -48,6 +48,7 @@ from server.jobs.model import (
     new_job_id,
 )
 from server.jobs.sharing import alone, charge, lock_alike, lock_first, places
+from server.jobs.waiting import expected_wait_s
 from server.keys.limits import NO_LIMITS, Limits, Quota, count_usage, fitting
 from server.measures import Observation, add_observations
 
@@ -68,6 +69,9 @@ __all__ = [
 _TABLE: Any = Job.__table__
 _HIDDEN = Job.deleted_at.is_not(None)
 _VISIBLE = Job.deleted_at.is_(None)
+# Put together once: clients that wait ask again and again.
+_ANY_JOB = select(_TABLE).where(Job.id == bindparam("wanted_id"), _VISIBLE)
+_ANY_JOB_OF = _ANY_JOB.where(Job.tenant == bindparam("wanted_tenant"))
 _TERMINAL_NAMES = sorted(status.value for status in TERMINAL)
 EXHAUSTED = "attempts_exhausted"
 CANCELLED = "cancelled"
@@ -244,8 +248,9 @@ class JobRepository:
 
     def get(self, job_id: str, *, tenant: str | None = None) -> JobRecord | None:
         """The job, or None when there is none that a client may see."""
+        about = {"wanted_id": job_id, "wanted_tenant": tenant}
         with self._database.read() as connection:
-            row = connection.execute(select(_TABLE).where(*_one(job_id, tenant), _VISIBLE)).one_or_none()
+            row = connection.execute(_ANY_JOB if tenant is None else _ANY_JOB_OF, about).one_or_none()
         return None if row is None else _record(row)
 
     def page(
@@ -272,34 +277,8 @@ class JobRepository:
 
     def expected_wait_s(self, job: JobRecord) -> float | None:
         """Rough seconds until an unfinished job is done, by the pace of the last jobs; None: no such job yet."""
-        recent = (
-            select(
-                (Job.sampling_s / Job.num_inference_steps).label("step_s"),
-                (Job.sampling_s / Job.num_inference_steps / func.coalesce(Job.batch_size, 1)).label("clip_step_s"),
-            )
-            .where(Job.status == JobStatus.SUCCEEDED, Job.model == job.model)
-            .order_by(Job.seq.desc())
-            .limit(10)
-            .subquery()
-        )
-        sooner = or_(Job.priority > job.priority, and_(Job.priority == job.priority, Job.seq < job.seq))
-        before = or_(Job.status == JobStatus.RUNNING, and_(Job.status == JobStatus.QUEUED, sooner))
-        ahead = select(
-            func.coalesce(func.sum(Job.num_inference_steps - Job.steps_done), 0),
-            func.count(case((Job.status == JobStatus.RUNNING, Job.worker)).distinct()),
-        ).where(before)
         with self._database.read() as connection:
-            step_s, clip_step_s = connection.execute(
-                select(func.avg(recent.c.step_s), func.avg(recent.c.clip_step_s))
-            ).one()
-            if step_s is None:
-                return None
-            steps_ahead, workers = connection.execute(ahead).one()
-        own_s = float(step_s) * (job.num_inference_steps - job.steps_done)
-        if job.status is not JobStatus.QUEUED:
-            return own_s
-        # As many workers as are at it now will go on, each as many clips at a time as lately.
-        return own_s + float(clip_step_s) * float(steps_ahead) / max(1, workers)
+            return expected_wait_s(connection, job)
 
     def want_previews(self, job_ids: Collection[str], tenants: Collection[str], *, for_s: float) -> None:
         """Let workers show previews of these unfinished jobs, and of all of these tenants, for a while."""

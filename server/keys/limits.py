@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from sqlalchemy import BigInteger, Connection, Double, Integer, String, delete, func, select, update
+from sqlalchemy import BigInteger, Connection, Double, Integer, String, bindparam, delete, func, select, update
 from sqlalchemy.orm import Mapped, mapped_column
 
 from server.jobs.database import Database, database_now, insert_if_absent
@@ -227,6 +227,10 @@ class TenantLimits:
             connection.execute(update(_LIMIT).where(TenantLimit.tenant == tenant).values(dict(changes)))
 
 
+_OWN_LIMITS = select(_LIMIT).where(TenantLimit.tenant == bindparam("of"))
+"""Put together once: every request asks for them."""
+
+
 class RequestLimiter:
     """Counts the requests of tenants.
 
@@ -261,7 +265,7 @@ class RequestLimiter:
 
 
 def _limits(connection: Connection, tenant: str, defaults: Limits) -> Limits:
-    row = connection.execute(select(_LIMIT).where(TenantLimit.tenant == tenant)).one_or_none()
+    row = connection.execute(_OWN_LIMITS, {"of": tenant}).one_or_none()
     if row is None:
         return defaults
     own = {name: value for name, value in row._mapping.items() if name != "tenant" and value is not None}

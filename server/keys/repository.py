@@ -14,6 +14,7 @@ from server.keys.model import ApiKey, Scope, new_secret, read_secret
 __all__ = ["KeyRecord", "KeyRepository", "KeyState"]
 
 _TABLE: Any = ApiKey.__table__
+_ANY_KEY = select(exists().where(ApiKey.id.is_not(None)))  # put together once: every request asks
 _NOBODY = hashlib.sha256(b"").hexdigest()
 
 
@@ -86,7 +87,7 @@ class KeyRepository:
     def any_exists(self) -> bool:
         """Whether a key was ever made, whatever became of it."""
         with self._database.read() as connection:
-            return bool(connection.scalar(select(exists().where(ApiKey.id.is_not(None)))))
+            return bool(connection.scalar(_ANY_KEY))
 
     def find(self, text: str) -> KeyRecord | None:
         """The row of this key, whatever became of it; None when it is not a key of ours."""
