@@ -1,13 +1,17 @@
 """How much of the sampler's throughput is left with the whole server around it, and many clients at once.
 
-    python benchmarks/batching.py [--checkpoint tiny] [--clients 64] [--batch N] [--clips 512] [--steps N]
+    python benchmarks/batching.py [--checkpoint tiny] [--clients 64] [--batch N] [--clips 1024] [--steps N]
+    python benchmarks/batching.py --checkpoint lung-ultrasound-small          # the figure of a GPU, where there is one
 
 Starts the embedded server (medsora-server serve, with its own Redis) in a temporary folder. Clients, each a thread with
-a connection of its own, post requests and wait for them as the headers of the answers tell, each with a few
-outstanding; the rate is that of finished clips, each encoded, stored and committed, from the middle part of the run,
-when nobody is starting or running out of work. Before and after that, with no server there, the same pipeline samples
-batches of the same size in a process of its own, for what it can do alone. On a GPU it is compiled, as in the server.
-Prints a table last, writes JSON.
+a connection of its own, post requests and poll as the headers of the answers tell, each with a few outstanding; the
+rate is that of finished clips, each encoded, stored and committed, from the middle part of the run, when nobody is
+starting or running out of work. Before and after that, with no server there, the same pipeline samples batches of the
+same size in a process of its own, for what it can do alone. On a GPU it is compiled, as in the server. No network.
+
+The CPU seconds of every process are counted as well, the clients' included: on a machine of few cores all of them share
+these with the sampler, and cores / (CPU seconds a clip) is the most that any server could make of them. They say
+something on a busy machine, too, where the ratio does not. Prints a table last, writes JSON.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 from clients import Clients
 from generate import RESULTS, describe_machine, save
+from process_times import cpu_seconds
 
 from medsora.manifest import Manifest, find_checkpoint, read_manifest
 from medsora.request import GenerationRequest, resolve_request
@@ -46,8 +51,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="medsora-bench-") as folder:
         checkpoint = find(options.checkpoint, Path(folder))
         before = raw_rate(checkpoint, options)
-        with running_server(checkpoint, Path(folder), options, before["batch"]) as url:
-            served = load(url, Path(folder) / "data" / "medsora.db", checkpoint, options, before["batch"])
+        with running_server(checkpoint, Path(folder), options, before["batch"]) as (url, process):
+            database = Path(folder) / "data" / "medsora.db"
+            served = load(url, process, database, checkpoint, options, before["batch"])
         after = raw_rate(checkpoint, options, batch=before["batch"])
         raw = (before["clips_per_s"] + after["clips_per_s"]) / 2
         result = {
@@ -60,6 +66,7 @@ def main() -> None:
             "raw_before": before["clips_per_s"],
             "raw_after": after["clips_per_s"],
             "raw_clips_per_s": raw,
+            "raw_cpu_ms": (before["cpu_ms"] + after["cpu_ms"]) / 2,
             **served,
             "ratio": served["clips_per_s"] / raw,
         }
@@ -138,20 +145,23 @@ def measure_raw(
     requests = [request_of(Path(directory), steps, seed) for seed in range(size)]
     for _ in range(2):
         pipeline(requests)
-    began, clips = time.perf_counter(), 0
+    began, cpu_began, clips = time.perf_counter(), time.process_time(), 0
     while clips < 3 * size or time.perf_counter() - began < 10:
         pipeline(requests)
         clips += size
     rate = clips / (time.perf_counter() - began)
-    answer.send({"clips_per_s": rate, "batch": size, "device": str(pipeline.device)})
+    cpu_ms = 1000 * (time.process_time() - cpu_began) / clips
+    answer.send({"clips_per_s": rate, "cpu_ms": cpu_ms, "batch": size, "device": str(pipeline.device)})
 
 
 # -- the server ----------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def running_server(checkpoint: Path, folder: Path, options: argparse.Namespace, batch: int) -> Iterator[str]:
-    """The embedded server on a free port, ready to work; stopped as Ctrl-C would."""
+def running_server(
+    checkpoint: Path, folder: Path, options: argparse.Namespace, batch: int
+) -> Iterator[tuple[str, int]]:
+    """The embedded server on a free port, ready to work: address and process id; stopped as Ctrl-C would."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -175,7 +185,7 @@ def running_server(checkpoint: Path, folder: Path, options: argparse.Namespace, 
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
         try:
             wait_until_ready(f"http://127.0.0.1:{port}", process, log_path)
-            yield f"http://127.0.0.1:{port}"
+            yield f"http://127.0.0.1:{port}", process.pid
         finally:
             process.send_signal(signal.SIGINT)
             try:
@@ -197,8 +207,14 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> N
     raise SystemExit(f"the server did not become ready; its log ends:\n{log.read_text(errors='replace')[-3000:]}")
 
 
-def load(url: str, database: Path, checkpoint: Path, options: argparse.Namespace, batch: int) -> dict[str, Any]:
-    """Let the clients ask, and read from its table when which clip was done."""
+def load(
+    url: str, process: int, database: Path, checkpoint: Path, options: argparse.Namespace, batch: int
+) -> dict[str, Any]:
+    """Let the clients ask, and read from its table when which clip was done.
+
+    Args:
+        process: Id of the server.
+    """
 
     def body_of(number: int) -> dict[str, Any]:
         request = request_of(checkpoint, options.steps, number)
@@ -211,9 +227,11 @@ def load(url: str, database: Path, checkpoint: Path, options: argparse.Namespace
         clients=options.clients,
         outstanding=options.outstanding,
     )
-    began = time.perf_counter()
+    began, used, used_here = time.perf_counter(), cpu_seconds(process), time.process_time()
     clients.run()
     whole_s = time.perf_counter() - began
+    spent = {kind: seconds - used.get(kind, 0.0) for kind, seconds in cpu_seconds(process).items()}
+    spent["clients"] = time.process_time() - used_here
     ends, sizes, stages = finished(url, database)
     if len(ends) != options.clips:
         raise SystemExit(f"{len(ends)} clips of {options.clips} are completed")
@@ -225,6 +243,8 @@ def load(url: str, database: Path, checkpoint: Path, options: argparse.Namespace
     return {
         "clips": options.clips,
         "polls": clients.polls,
+        "refusals": clients.refusals,
+        "cpu_ms": {kind: 1000 * seconds / options.clips for kind, seconds in spent.items()},
         "clips_per_s": (len(middle) - 1) / (middle[-1] - middle[0]),
         "whole_run_clips_per_s": options.clips / whole_s,
         "mean_batch": sizes,
@@ -260,6 +280,8 @@ def finished(url: str, database: Path) -> tuple[list[float], float, dict[str, fl
 def print_result(result: dict[str, Any]) -> None:
     machine = result["machine"]
     stages = "  ".join(f"{name} {1000 * seconds:.1f}" for name, seconds in result["seconds_by_stage"].items())
+    used = {**result["cpu_ms"], "in all": sum(result["cpu_ms"].values())}
+    cpu = "\n".join(f"    {kind:30} {ms:8.2f}" for kind, ms in used.items())
     print(
         f"\n{result['checkpoint']}, {result['num_inference_steps']} steps, batch {result['batch']}, "
         f"{result['clients']} clients with {result['outstanding']} requests each, {result['clips']} clips\n"
@@ -269,7 +291,10 @@ def print_result(result: dict[str, Any]) -> None:
         f"server, first POST to last answer  {result['whole_run_clips_per_s']:8.2f} clips/s\n"
         f"mean batch                         {result['mean_batch']:8.2f}\n"
         f"latency, median and 99 %           {result['latency_s_median']:8.2f} {result['latency_s_p99']:8.2f} s\n"
+        f"polls a clip, come-again answers   {result['polls'] / result['clips']:8.2f} {result['refusals']:8d}\n"
         f"ms a clip in the worker            {stages}\n"
+        f"ms of CPU a clip                   (sampler alone: {result['raw_cpu_ms']:.2f})\n{cpu}\n"
+        f"{machine['cores']} cores could make at most     {1000 * machine['cores'] / used['in all']:8.2f} clips/s\n"
         f"ratio                              {100 * result['ratio']:8.1f} %"
     )
 

@@ -40,6 +40,8 @@ class Clients:
         self.latencies: list[float] = []
         """Seconds from the request for a clip to the answer that says completed, as its client sees it."""
         self.polls = 0
+        self.refusals = 0
+        """Answers that asked to come again later, as clients do: 429 and 503."""
         self.problems: list[str] = []
 
     def run(self) -> None:
@@ -77,13 +79,13 @@ class Clients:
                 if number is None:
                     break
                 began = time.perf_counter()
-                _, video = connection.ask("POST", "/v1/videos", self._body_of(number))
+                _, video = self._ask(connection, "POST", "/v1/videos", self._body_of(number))
                 waiting.append((video["id"], began))
             if not waiting:
                 return
             # the oldest first: once it is done, the others are about to be
             while True:
-                poll_after_ms, video = connection.ask("GET", f"/v1/videos/{waiting[0][0]}")
+                poll_after_ms, video = self._ask(connection, "GET", f"/v1/videos/{waiting[0][0]}")
                 self.polls += 1
                 if video["status"] in ("completed", "failed"):
                     break
@@ -91,6 +93,18 @@ class Clients:
             if video["status"] == "failed":
                 raise RuntimeError(str(video["error"]))
             self.latencies.append(time.perf_counter() - waiting.pop(0)[1])
+
+    def _ask(self, connection: _Connection, *request: Any) -> tuple[int, dict[str, Any]]:
+        while True:
+            try:
+                return connection.ask(*request)
+            except _ComeAgain:
+                self.refusals += 1
+                time.sleep(1.0)
+
+
+class _ComeAgain(Exception):  # noqa: N818 - no error
+    pass
 
 
 class _Connection:
@@ -107,6 +121,8 @@ class _Connection:
         answer = self._http.getresponse()
         text = answer.read()
         self._used_at = time.monotonic()
+        if answer.status in (429, 503):
+            raise _ComeAgain
         if answer.status != 200:
             raise RuntimeError(f"{method} {path}: {answer.status} {text[:300]!r}")
         return int(answer.getheader("openai-poll-after-ms", "0")), json.loads(text)
