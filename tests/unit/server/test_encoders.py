@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from server.datasets.files import DatasetFiles
 from server.datasets.repository import DatasetRepository
 from server.jobs.database import Database, migrate
 from server.jobs.repository import JobRepository
+from server.objects import StorageUnavailableError
 from server.settings import Settings
 from server.storage import ArtifactStore, Variant
 from server.worker.dataset_clips import ClipDroppedError, DatasetClips
@@ -109,7 +111,12 @@ def test_errors_come_through_with_where_they_came_from(workshop: Workshop) -> No
     with pytest.raises(VideoError, match="frames") as caught:
         workshop.encoders.run(workshop.order(1), FRAMES[:8])  # not what the job says
     assert "write_checked" in caught.value.__notes__[0]
-    assert list(workshop.store.root.rglob("*.part*")) == []
+    assert list(workshop.settings.artifacts_dir.rglob("*.part*")) == []
+
+
+def test_an_outage_of_the_bucket_is_still_one_in_another_process() -> None:
+    error = pickle.loads(pickle.dumps(StorageUnavailableError("the bucket cannot be reached")))
+    assert (type(error), str(error)) == (StorageUnavailableError, "the bucket cannot be reached")
 
 
 def test_a_dropped_clip_tells_why_in_any_process() -> None:
