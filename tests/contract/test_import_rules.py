@@ -27,6 +27,7 @@ TORCH_FREE = [
     "server.settings",
     "training",
     "training.cli",
+    "server.worker.encoder",
     "training.prepare.pipeline",
 ]
 
