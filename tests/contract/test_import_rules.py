@@ -25,9 +25,9 @@ TORCH_FREE = [
     "server.cli",
     "server.jobs",
     "server.settings",
+    "server.worker.encoder",
     "training",
     "training.cli",
-    "server.worker.encoder",
     "training.prepare.pipeline",
 ]
 
