@@ -421,7 +421,7 @@ def test_batches_that_only_wait_are_not_written(bench: Bench, monkeypatch: pytes
     batch_id = bench.create([line(str(number)) for number in range(30)])
     bench.look()
 
-    def write(database: Database) -> Any:
+    def write(database: Database, **options: bool) -> Any:
         raise AssertionError("the database was written")
 
     original = Database.write
@@ -612,15 +612,15 @@ def test_killed_before_or_after_any_transaction(bench: Bench, at: int, monkeypat
     batch_id = bench.create(lines)
     original, count = Database.write, 0
 
-    def write(database: Database) -> Any:
+    def write(database: Database, **options: bool) -> Any:
         nonlocal count
         count += 1
         if count == at // 2 + 1:
             monkeypatch.setattr(Database, "write", original)
             if at % 2:
-                return after(original(database))
+                return after(original(database, **options))
             raise Killed
-        return original(database)
+        return original(database, **options)
 
     class after:  # noqa: N801 - a context manager
         def __init__(self, inner: Any) -> None:
