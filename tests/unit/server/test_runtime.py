@@ -329,6 +329,7 @@ def test_a_model_that_fits_no_memory_is_reported(settings: Settings, monkeypatch
 def test_a_limit_that_replaces_processes_after_every_job_is_warned_of(
     settings: Settings, warmed: list[GenerationRequest], caplog: pytest.LogCaptureFixture
 ) -> None:
+    settings = settings.model_copy(update={"encoder_processes": 0})  # which would refuse what follows
     started(settings.model_copy(update={"worker_max_memory_mib": 2**30})).close()
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
     started(settings.model_copy(update={"worker_max_memory_mib": 1})).close()
