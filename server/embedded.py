@@ -26,9 +26,10 @@ from pathlib import Path
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from server.checkpoints import Catalogue
+from server.child_processes import child_command, child_environment
 from server.jobs.database import Database, migrate
 from server.jobs.repository import JobRepository
-from server.settings import Settings, secret_files
+from server.settings import Settings
 
 __all__ = ["ServeError", "Supervisor", "find_redis_server"]
 
@@ -188,10 +189,8 @@ class Supervisor:
 
     def _serve(self, listener: socket.socket, socket_folder: Path | None) -> None:
         settings = self._settings
-        # -P keeps the current folder out of the children's path: it may hold another package called `server`.
-        command = [sys.executable, "-P", "-m", "server.cli"]
-        inherited = {name: value for name, value in os.environ.items() if name not in secret_files()}
-        environment = {**inherited, **settings.environment(), "PYTHONPATH": _python_path()}
+        command = child_command("server.cli")
+        environment = child_environment(settings)
         if socket_folder is not None:
             redis_socket = socket_folder / "redis.sock"
             environment["MEDSORA_REDIS_URL"] = f"redis+socket://{redis_socket}"
@@ -260,12 +259,6 @@ class Supervisor:
     def _on_stop_signal(self, *_: object) -> None:
         # Only counted: this may run in the middle of waiting for a child, which cannot be waited for twice at once.
         self._stop_requests += 1
-
-
-def _python_path() -> str:
-    """Search path of the children: where this package was found, first."""
-    here = str(Path(__file__).resolve().parent.parent)
-    return os.pathsep.join(part for part in (here, os.environ.get("PYTHONPATH")) if part)
 
 
 def _redis_command(socket_path: Path, log_path: Path) -> list[str]:

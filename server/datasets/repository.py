@@ -4,7 +4,7 @@ Whoever works on a dataset has a claim. Each of its transactions first checks, a
 another has taken over, or a dataset that has been cancelled or deleted meanwhile, lets the whole transaction fail.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -554,25 +554,34 @@ class DatasetRepository:
 
     # -- workers ---------------------------------------------------------------------------------------------
 
-    def order_of(self, job_id: str) -> ClipOrder | None:
-        """What is to be done beyond the video for a job that is of a dataset; None: it is of none."""
+    def orders_of(self, job_ids: Collection[str]) -> dict[str, ClipOrder]:
+        """What is to be done beyond the video, for those of these jobs that are of a dataset."""
         query = (
-            select(Dataset.seq, Dataset.id, DatasetClip.number, Dataset.format, Dataset.filters, Dataset.about)
+            select(
+                DatasetClip.job_id,
+                Dataset.seq,
+                Dataset.id,
+                DatasetClip.number,
+                Dataset.format,
+                Dataset.filters,
+                Dataset.about,
+            )
             .join(DatasetClip, DatasetClip.dataset_seq == Dataset.seq)
-            .where(DatasetClip.job_id == job_id)
+            .where(DatasetClip.job_id.in_(job_ids))
         )
         with self._database.read() as connection:
-            row = connection.execute(query).one_or_none()
-        if row is None:
-            return None
-        return ClipOrder(
-            dataset_seq=row.seq,
-            dataset_id=row.id,
-            number=row.number,
-            format=row.format,
-            filters=row.filters,
-            modality=row.about["modality"],
-        )
+            rows = connection.execute(query).all()
+        return {
+            row.job_id: ClipOrder(
+                dataset_seq=row.seq,
+                dataset_id=row.id,
+                number=row.number,
+                format=row.format,
+                filters=row.filters,
+                modality=row.about["modality"],
+            )
+            for row in rows
+        }
 
     def fingerprints(self, dataset_seq: int, *, after: int, limit: int) -> list[FingerprintRow]:
         """Fingerprints of clips that came behind the place ``after``, oldest first."""

@@ -2,7 +2,7 @@
 
 SQLite runs in WAL mode with ``synchronous=FULL``: what was committed survives a power cut, but for what says that it
 need not. Every transaction that writes takes the write lock at its beginning, so that two writers wait for each other
-instead of failing. Those of one process stand in line for it; those of several try again and again.
+instead of failing. Those of one process wait for one another without trying, those of several try again and again.
 
 PostgreSQL runs what reads in REPEATABLE READ, where nothing that only reads can fail, and what writes in READ
 COMMITTED: writers lock the rows that they choose, several rows in one order, so none ends in a deadlock or needs to be
@@ -141,7 +141,8 @@ class Database:
             is_durable: False: it costs little, but a power cut may undo it. It is never undone without those after it.
 
         Raises:
-            OperationalError: The database cannot be reached, or others write for longer than one waits.
+            OperationalError: The database cannot be reached; or, of SQLite, others of this process write for 5 s, or
+                those of other processes for 5 s more.
         """
         engine = self._writer if is_durable else self._quick_writer
         if not self.is_sqlite:

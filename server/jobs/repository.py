@@ -1,6 +1,7 @@
 """All queries of the job table. Each method is one transaction; each change of state is one conditional UPDATE, and
-the rows that it changed are announced (``server/events``) in the same transaction. What is no state, such as progress
-and renewed leases, is written without waiting for the disk: after a power cut nobody works on a job any more anyway.
+the rows that it changed are announced (``server/events``) in the same transaction. What is neither state nor told to
+anybody, such as a renewed lease, is written without waiting for the disk: a crash of the database may undo it, and then
+the lease runs out where it is not renewed once more.
 
 A claim raises ``attempt``, and that number is the fencing token: whoever wants to change a running job must
 name it, and is told no (False, None) once somebody else has claimed the job. Times are compared inside the
@@ -278,7 +279,14 @@ class JobRepository:
     def expected_wait_s(self, job: JobRecord) -> float | None:
         """Rough seconds until an unfinished job is done, by the pace of the last jobs; None: no such job yet."""
         with self._database.read() as connection:
-            return expected_wait_s(connection, job)
+            return expected_wait_s(
+                connection,
+                model=job.model,
+                priority=job.priority,
+                seq=job.seq,
+                steps_left=job.num_inference_steps - job.steps_done,
+                is_queued=job.status is JobStatus.QUEUED,
+            )
 
     def want_previews(self, job_ids: Collection[str], tenants: Collection[str], *, for_s: float) -> None:
         """Let workers show previews of these unfinished jobs, and of all of these tenants, for a while."""
@@ -413,7 +421,8 @@ class JobRepository:
         for claim, steps_done in progress.items():
             by_steps.setdefault(steps_done, []).append(claim)
         rows: list[Any] = []
-        with self._database.write(is_durable=False) as connection:
+        # What is told has a place in the log, which must never come to mean another event: it may not be undone.
+        with self._database.write(is_durable=announce) as connection:
             _lock_jobs(connection, [job_id for job_id, _ in progress])
             for steps_done, claims in by_steps.items():
                 statement = (
@@ -441,7 +450,7 @@ class JobRepository:
             image: WebP.
             steps_done: After which the picture was taken.
         """
-        with self._database.write(is_durable=False) as connection:
+        with self._database.write() as connection:
             row = connection.execute(select(_TABLE).where(*_held(job_id, token))).one_or_none()
             if row is not None:
                 announce_preview(connection, row, image, steps_done=steps_done)
@@ -487,25 +496,29 @@ class JobRepository:
         """:meth:`hand_back_all` for one job. False when the claim is lost or cancellation was asked for."""
         return job_id in self.hand_back_all([(job_id, token)])
 
-    def hand_back_all(self, claims: Sequence[tuple[str, int]], *, uses_attempt: bool = False) -> set[str]:
+    def hand_back_all(self, claims: Sequence[tuple[str, int]], *, uses_attempt: bool = False) -> dict[str, JobStatus]:
         """Let other workers have these jobs at once.
 
         Args:
             claims: Ids and tokens.
-            uses_attempt: Whether this claim counts against the cap of attempts.
+            uses_attempt: Whether this claim counts against the cap of attempts. Where it was the last, the job fails.
 
         Returns:
-            Ids of those that wait again. Of the others the claim is lost, or cancellation was asked for.
+            What became of each. Of those that are missing the claim is lost, or cancellation was asked for.
         """
-        handed_back = Job.handed_back + (0 if uses_attempt else 1)
-        statement = update(_TABLE).where(*_all_held(claims), Job.cancel_requested.is_(False))
+        waiting = {**_waiting(), "handed_back": Job.handed_back + (0 if uses_attempt else 1)}
+        changes: list[tuple[ColumnElement[bool], dict[str, Any]]] = [(true(), waiting)]
+        if uses_attempt:
+            changes.insert(0, (~self._attempts_left(), self._exhausted()))
+        held = and_(*_all_held(claims), Job.cancel_requested.is_(False))
+        rows: list[Any] = []
         with self._database.write() as connection:
             _lock_jobs(connection, [job_id for job_id, _ in claims])
-            changed = connection.execute(
-                statement.values(handed_back=handed_back, **_waiting()).returning(*_TABLE.c)
-            ).all()
-            _tell(connection, changed)
-        return {row.id for row in changed}
+            for which, values in changes:
+                statement = update(_TABLE).where(held, which).values(**values).returning(*_TABLE.c)
+                rows += connection.execute(statement).all()
+            _tell(connection, rows)
+        return {row.id: JobStatus(row.status) for row in rows}
 
     def count_batch(self, model: str, size: int) -> None:
         """Count a batch that has been sampled."""
@@ -525,10 +538,9 @@ class JobRepository:
         One that somebody is at just now, and may renew or end, is left to the next sweep.
         """
         query = select(Job.seq).where(_abandoned()).order_by(Job.seq).limit(_SWEPT_AT_ONCE)
-        message = f"The worker was lost {self._max_attempts} times while running this job."
         changes = (
             (Job.cancel_requested.is_(True), _ended(JobStatus.CANCELED, CANCELLED, CANCELLED_MESSAGE)),
-            (~self._attempts_left(), _ended(JobStatus.FAILED, EXHAUSTED, message)),
+            (~self._attempts_left(), self._exhausted()),
             (true(), _waiting()),
         )
         with self._database.write() as connection:
@@ -659,6 +671,10 @@ class JobRepository:
 
     def _attempts_left(self) -> ColumnElement[bool]:
         return Job.attempt - Job.handed_back < self._max_attempts
+
+    def _exhausted(self) -> dict[str, Any]:
+        times = "once" if self._max_attempts == 1 else f"{self._max_attempts} times"
+        return _ended(JobStatus.FAILED, EXHAUSTED, f"The worker was lost or gave up {times} while running this job.")
 
 
 def insert_jobs(connection: Connection, jobs: Sequence[dict[str, Any]]) -> list[str]:

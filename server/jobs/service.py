@@ -29,8 +29,8 @@ MAX_PROMPT_CHARACTERS = 32_000
 _QUEUE_FULL_RETRY_MS = 2000
 _LEAST_POLL_MS, _DEFAULT_POLL_MS, _MOST_POLL_MS = 200, 1000, 5000
 _POLLS_AHEAD = 10
-"""Of what a job may still take clients wait such a part: a poll is late by a tenth of it at most, and costs the API as
-much as a fifth of an encoded clip."""
+"""How often a client asks for a job while it is made, if it is told well how long that takes: of the end it hears late
+by a tenth of it at most."""
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ __all__ = ["expected_wait_s"]
 _PACE_OF = 10
 
 
-def _query() -> Any:
+def _queries() -> tuple[Any, Any]:
+    """The pace of a model's last jobs; and the same with the work that is before a waiting job."""
     recent = (
         select(
             (Job.sampling_s / Job.num_inference_steps).label("step_s"),
@@ -37,24 +38,26 @@ def _query() -> Any:
         .where(before)
         .subquery()
     )
-    return select(pace, ahead).select_from(pace.join(ahead, true()))
+    return select(pace), select(pace, ahead).select_from(pace.join(ahead, true()))
 
 
-_QUERY = _query()
+_PACE, _PACE_AND_AHEAD = _queries()
 
 
-def expected_wait_s(connection: Connection, job: Any) -> float | None:
+def expected_wait_s(
+    connection: Connection, *, model: str, priority: int, seq: int, steps_left: int, is_queued: bool
+) -> float | None:
     """Rough seconds until an unfinished job is done, by the pace of the last jobs; None: no such job yet.
 
     Args:
-        job: Its row, or a record of it.
+        steps_left: Of its sampling.
+        is_queued: Whether others have to be done before.
     """
-    parameters = {"model": job.model, "priority": job.priority, "seq": job.seq}
-    row = connection.execute(_QUERY, parameters).one()
+    if not is_queued:
+        pace = connection.execute(_PACE, {"model": model}).one()
+        return None if pace.step_s is None else float(pace.step_s) * steps_left
+    row = connection.execute(_PACE_AND_AHEAD, {"model": model, "priority": priority, "seq": seq}).one()
     if row.step_s is None:
         return None
-    own_s = float(row.step_s) * float(job.num_inference_steps - job.steps_done)
-    if job.status != JobStatus.QUEUED:
-        return own_s
     # As many workers as are at it now will go on, each as many clips at a time as lately.
-    return own_s + float(row.clip_step_s) * float(row.steps) / max(1, int(row.workers))
+    return float(row.step_s) * steps_left + float(row.clip_step_s) * float(row.steps) / max(1, int(row.workers))

@@ -73,10 +73,13 @@ class DatasetClips:
         self._training: dict[Path, TrainingFingerprints] = {}
         self._others: OrderedDict[int, _Others] = OrderedDict()
 
-    def keep(self, claim: Claim, frames: Frames, metadata: Mapping[str, str], *, checkpoint: Path) -> bool:
-        """Filter a clip and write its file, if its job is of a dataset; else nothing. Returns whether it is.
+    def keep(
+        self, order: ClipOrder, claim: Claim, frames: Frames, metadata: Mapping[str, str], *, checkpoint: Path
+    ) -> None:
+        """Filter a clip of a dataset and write its file.
 
         Args:
+            order: Of the claimed job; see :meth:`DatasetRepository.orders_of`.
             frames: uint8 RGB ``(frames, height, width, 3)``.
             metadata: Of :func:`medsora.provenance.clip_metadata`.
             checkpoint: Folder of the checkpoint that made it.
@@ -87,9 +90,6 @@ class DatasetClips:
             OSError: The file cannot be written.
         """
         job = claim.job
-        order = self._datasets.order_of(job.id)
-        if order is None:
-            return False
         measures = self._measure(order, frames, checkpoint)
         mark = fingerprint(frames)
         least = order.filters["min_distance"]
@@ -127,7 +127,6 @@ class DatasetClips:
         except BaseException:
             self._files.remove(order.dataset_id, job.id, claim.token)
             raise
-        return True
 
     def _write(
         self, order: ClipOrder, claim: Claim, path: Path, frames: Frames, metadata: Mapping[str, str]

@@ -5,12 +5,12 @@ python -m server.worker.encoder DESCRIPTOR...      one of each lane
 
 import logging
 import os
-import pickle
 import signal
 import sys
 import threading
 import traceback
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from server.objects import objects_of
 from server.settings import Settings, get_settings
 from server.storage import ArtifactStore
 from server.worker.dataset_clips import DatasetClips
-from server.worker.encoding import ClipOrder, StoredClip, encode_and_store, warm_up_encoder
+from server.worker.encoding import EncodingOrder, StoredClip, encode_and_store, warm_up_encoder
 from server.worker.signing import signer_of
 
 __all__ = ["main"]
@@ -84,13 +84,13 @@ def _serve(stores: _Stores, lane: Connection) -> None:
         os._exit(70)
 
 
-def _answer(stores: _Stores, order: ClipOrder, frames: Frames) -> StoredClip | Exception:
+def _answer(stores: _Stores, order: EncodingOrder, frames: Frames) -> StoredClip | Exception:
     try:
         return encode_and_store(stores, order, frames)
     except Exception as error:
         where = traceback.format_exc()
         try:
-            pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
+            ForkingPickler.loads(ForkingPickler.dumps(error))  # as the connection does it
         except Exception:
             error = RuntimeError(f"{type(error).__name__}: {error}")
         error.add_note(f"In an encoder process:\n{where}")

@@ -2,27 +2,26 @@
 
 A Python thread that encodes makes the sampler wait for the interpreter's lock at each of its thousands of calls. An
 encoder process has a few lanes, each a connection and a thread, so that while one clip waits for the disk others are
-encoded. Frames go through the connections; nothing is shared, so nothing is left over when a process dies.
+encoded. Frames go through the connections; nothing is shared, so nothing is left over when a process dies. Where none
+can be started, the sampling process encodes.
 """
 
-import itertools
 import logging
 import os
 import queue
 import subprocess
-import sys
 import threading
+import time
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from medsora.errors import BackendError
+from server.child_processes import child_command, child_environment
 from server.settings import Settings
-from server.worker.encoding import ClipOrder, StoredClip, encode_and_store
+from server.worker.encoding import EncodingOrder, StoredClip, encode_and_store
 from server.worker.publishing import Stores
 
 __all__ = ["LANES", "EncoderLostError", "EncoderProcesses", "Encoders", "LocalEncoders", "encoder_count"]
@@ -31,7 +30,12 @@ Frames = np.ndarray[Any, np.dtype[np.uint8]]
 
 LANES = 4
 """Clips that one process has in hand at once: most of the time of each it waits for the disk."""
+_CLIPS_OF_A_PROCESS = 10_000
+"""After so many it is replaced, whatever the libraries that it calls have not given back."""
+_CLIP_LIMIT_S = 300.0
 _START_LIMIT_S = 120.0
+_PAUSE_S = 60.0
+"""After a process that could not be started."""
 _STOP_LIMIT_S = 5.0
 _CORES_OF_AN_ENCODER = 3
 _MOST_PROCESSES = 6
@@ -50,11 +54,17 @@ class Encoders(Protocol):
     def lanes(self) -> int:
         """How many."""
 
-    def run(self, order: ClipOrder, frames: Frames) -> StoredClip:
+    def wait_until_ready(self) -> None:
+        """Wait until clips can be encoded without delay."""
+
+    def run(self, order: EncodingOrder, frames: Frames) -> StoredClip:
         """Make the files of a clip; called by as many threads as there are lanes.
 
+        Args:
+            frames: uint8 RGB ``(frames, height, width, 3)``.
+
         Raises:
-            EncoderLostError: The process that did it has ended.
+            EncoderLostError: The process that did it has ended. Files of the attempt may be left.
             Exception: As :func:`server.worker.encoding.encode_and_store`.
         """
 
@@ -69,7 +79,10 @@ class LocalEncoders:
         self._stores = stores
         self.lanes = lanes
 
-    def run(self, order: ClipOrder, frames: Frames) -> StoredClip:
+    def wait_until_ready(self) -> None:
+        """It is."""
+
+    def run(self, order: EncodingOrder, frames: Frames) -> StoredClip:
         """See :class:`Encoders`."""
         return encode_and_store(self._stores, order, frames)
 
@@ -82,102 +95,181 @@ class EncoderProcesses:
 
     Args:
         count: Processes, at least 1. One that is lost is replaced.
+        otherwise: Encodes while none can be started.
+        clip_limit_s: Seconds after which a process that still encodes a clip is ended.
+        clips_of_a_process: After which it is replaced.
     """
 
-    def __init__(self, settings: Settings, count: int) -> None:
-        self._settings = settings
+    def __init__(
+        self,
+        settings: Settings,
+        count: int,
+        *,
+        otherwise: Encoders,
+        clip_limit_s: float = _CLIP_LIMIT_S,
+        clips_of_a_process: int = _CLIPS_OF_A_PROCESS,
+    ) -> None:
+        self._otherwise, self._clip_limit_s = otherwise, clip_limit_s
         self.lanes = count * LANES
-        self._free: queue.Queue[_Lane] = queue.Queue()
-        self._starting = threading.Lock()
-        self._processes = [_Process(settings) for _ in range(count)]
-        # one lane of each after the other, so that all have work before any has more
-        for lane in itertools.chain.from_iterable(zip(*(one.lanes for one in self._processes), strict=True)):
-            self._free.put(lane)
+        self._places = [_Place(settings, clips_of_a_process) for _ in range(count)]
+        self._free: queue.Queue[tuple[_Place, int]] = queue.Queue()
+        for number in range(LANES):  # one lane of each after the other, so that all have work before any has more
+            for place in self._places:
+                self._free.put((place, number))
 
     def wait_until_ready(self) -> None:
-        """Wait until all have started.
+        """Wait until all have started, or cannot be."""
+        for place in self._places:
+            for number in range(LANES):
+                process = place.take(number)
+                if process is not None:
+                    place.give_back(process)
 
-        Raises:
-            BackendError: One did not.
-        """
-        for process in list(self._processes):
-            if not process.is_ready():
-                raise BackendError("an encoder process cannot be started; the log says why")
-
-    def run(self, order: ClipOrder, frames: Frames) -> StoredClip:
+    def run(self, order: EncodingOrder, frames: Frames) -> StoredClip:
         """See :class:`Encoders`."""
-        lane = self._free.get()
+        place, number = self._free.get()
         try:
-            if lane.process.has_ended():  # while nobody asked
-                lane = self._replaced(lane)
+            process = place.take(number)
+            if process is None:
+                return self._otherwise.run(order, frames)
             try:
-                answer = lane.ask(order, frames)
-            except (OSError, EOFError) as error:
-                lane = self._replaced(lane)
+                answer = process.lanes[number].ask(order, frames, limit_s=self._clip_limit_s)
+            except Exception as error:  # what is still in the connection nobody knows
+                place.lose(process)
                 raise EncoderLostError("the process that encoded it is lost") from error
+            finally:
+                place.give_back(process)
         finally:
-            self._free.put(lane)
+            self._free.put((place, number))
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     def close(self) -> None:
         """End them; what they have in hand is not finished."""
-        for process in self._processes:
-            process.close()
+        processes = [place.process for place in self._places if place.process is not None]
+        for process in processes:
+            process.hang_up()
+        for process in processes:
+            process.end()
 
-    def _replaced(self, lost: "_Lane") -> "_Lane":
-        """The lane of the same number of a new process, which all lanes of the lost one share."""
-        with self._starting:
-            if lost.process.successor is None:
-                lost.process.kill()
-                logger.error("encoder process %d is lost (%s); it is replaced", lost.process.pid, lost.process.status)
-                lost.process.successor = _Process(self._settings)
-                self._processes[self._processes.index(lost.process)] = lost.process.successor
-            return lost.process.successor.lanes[lost.number]
+
+class _Place:
+    """Where one process after the other serves: the next comes when one is lost, or has served for long."""
+
+    def __init__(self, settings: Settings, clips_of_a_process: int) -> None:
+        self._settings, self._clips_of_a_process = settings, clips_of_a_process
+        self._changing = threading.Lock()
+        self._not_before = 0.0
+        self.process = self._start()
+
+    def take(self, number: int) -> "_Process | None":
+        """The process, with one more clip in hand; waits until that lane of it is ready. None: there is none now."""
+        with self._changing:
+            before = self.process
+            if before is not None and (before.has_ended() or before.taken >= self._clips_of_a_process):
+                if before.has_ended():
+                    logger.error("encoder process %d is lost (%s)", before.pid, before.status)
+                self.process = None
+            if self.process is None:
+                self.process = self._start()
+            process = self.process
+            if process is not None:
+                process.in_hand += 1
+                process.taken += 1
+            is_over = before is not None and before is not process and before.in_hand == 0
+        if before is not None and is_over:
+            before.end()
+        if process is None or process.lanes[number].is_ready():
+            return process
+        self.lose(process)
+        self.give_back(process)
+        return None
+
+    def lose(self, process: "_Process") -> None:
+        """End a process at once; whoever waits for one of its lanes is told."""
+        process.kill()
+        with self._changing:
+            if self.process is not process:
+                return  # another of its lanes has told
+            self.process = None
+            if process.has_served:
+                logger.error("encoder process %d is lost (%s); it is replaced", process.pid, process.status)
+            else:
+                self._pause(process.status)
+
+    def give_back(self, process: "_Process") -> None:
+        """A clip less in hand."""
+        with self._changing:
+            process.in_hand -= 1
+            is_over = process is not self.process and process.in_hand == 0
+        if is_over:
+            process.end()
+
+    def _start(self) -> "_Process | None":
+        if time.monotonic() < self._not_before:
+            return None
+        try:
+            return _Process(self._settings)
+        except OSError as error:  # no memory, or no more processes or descriptors
+            self._pause(str(error))
+            return None
+
+    def _pause(self, why: str) -> None:
+        self._not_before = time.monotonic() + _PAUSE_S
+        logger.error(
+            "an encoder process cannot be started (%s): the sampling process encodes in its place, "
+            "and it is tried again in %g s",
+            why,
+            _PAUSE_S,
+        )
 
 
 class _Process:
     def __init__(self, settings: Settings) -> None:
-        self.successor: _Process | None = None
-        ours, theirs = zip(*(Pipe() for _ in range(LANES)), strict=True)
-        here = str(Path(__file__).resolve().parent.parent.parent)
-        path = os.pathsep.join(part for part in (here, os.environ.get("PYTHONPATH")) if part)
-        numbers = [connection.fileno() for connection in theirs]
-        # -P keeps the current folder out of its path: it may hold another package called `server`.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "server.worker.encoder", *map(str, numbers)],
-            env={**os.environ, **settings.environment(), "PYTHONPATH": path},
-            pass_fds=numbers,
-            stdin=subprocess.DEVNULL,
-        )
-        for connection in theirs:
-            connection.close()
+        self.in_hand = self.taken = 0
+        pairs = [Pipe() for _ in range(LANES)]
+        try:
+            numbers = [theirs.fileno() for _, theirs in pairs]
+            self._process = subprocess.Popen(
+                child_command("server.worker.encoder", *map(str, numbers)),
+                # numpy's own threads would only be in the way of the lanes, of which there are enough
+                env={**child_environment(settings), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                pass_fds=numbers,
+                stdin=subprocess.DEVNULL,
+            )
+        except BaseException:
+            for ours, _ in pairs:
+                ours.close()
+            raise
+        finally:
+            for _, theirs in pairs:
+                theirs.close()
         self.pid = self._process.pid
-        self.lanes = [_Lane(self, number, connection) for number, connection in enumerate(ours)]
+        self.lanes = [_Lane(self, ours) for ours, _ in pairs]
 
     @property
     def status(self) -> str:
         return f"exit status {self._process.returncode}"
 
+    @property
+    def has_served(self) -> bool:
+        return any(lane.has_greeted for lane in self.lanes)
+
     def has_ended(self) -> bool:
         return self._process.poll() is not None
 
-    def is_ready(self) -> bool:
-        try:
-            return all(lane.is_ready() for lane in self.lanes)
-        except (OSError, EOFError):
-            return False
-
     def kill(self) -> None:
-        """End it at once; whoever waits for one of its lanes is told."""
         self._process.kill()
         self._process.wait()
 
-    def close(self) -> None:
-        """End it. Nobody may be waiting for a lane."""
+    def hang_up(self) -> None:
+        """Tell it to end. Nobody may be waiting for a lane."""
         for lane in self.lanes:
             lane.close()
+
+    def end(self) -> None:
+        self.hang_up()
         try:
             self._process.wait(_STOP_LIMIT_S)
         except subprocess.TimeoutExpired:
@@ -187,25 +279,44 @@ class _Process:
 class _Lane:
     """A connection to a process, and one clip at a time."""
 
-    def __init__(self, process: _Process, number: int, connection: Connection) -> None:
-        self.process, self.number = process, number
-        self._connection = connection
-        self._is_ready = False
+    def __init__(self, process: _Process, connection: Connection) -> None:
+        self._process, self._connection = process, connection
+        self.has_greeted = False
 
     def is_ready(self) -> bool:
         """Wait for the greeting, for a while."""
-        if not self._is_ready and self._connection.poll(_START_LIMIT_S):
-            self._connection.recv()
-            self._is_ready = True
-        return self._is_ready
+        try:
+            if not self.has_greeted and self._connection.poll(_START_LIMIT_S):
+                self._connection.recv()
+                self.has_greeted = True
+        except (OSError, EOFError):
+            return False
+        return self.has_greeted
 
-    def ask(self, order: ClipOrder, frames: Frames) -> StoredClip | Exception:
-        if not self.is_ready():
-            raise EOFError("the encoder process does not start")
-        self._connection.send((order, frames.shape))
-        self._connection.send_bytes(np.ascontiguousarray(frames).data.cast("B"))
-        answer: StoredClip | Exception = self._connection.recv()
+    def ask(self, order: EncodingOrder, frames: Frames, *, limit_s: float) -> StoredClip | Exception:
+        """Send a clip, and wait for what came of it.
+
+        Args:
+            limit_s: After which the process is killed.
+
+        Raises:
+            OSError, EOFError: The process has ended.
+        """
+        content = np.ascontiguousarray(frames).data.cast("B")
+        watchdog = threading.Timer(limit_s, self._give_up, (limit_s,))
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            self._connection.send((order, frames.shape))
+            self._connection.send_bytes(content)
+            answer: StoredClip | Exception = self._connection.recv()
+        finally:
+            watchdog.cancel()
         return answer
+
+    def _give_up(self, limit_s: float) -> None:
+        logger.error("encoder process %d has not answered for %g s", self._process.pid, limit_s)
+        self._process.kill()
 
     def close(self) -> None:
         with suppress(OSError):
@@ -216,5 +327,5 @@ def encoder_count(settings: Settings) -> int:
     """Encoder processes of one sampling process; 0: its own threads encode."""
     if settings.encoder_processes is not None:
         return settings.encoder_processes
-    cores = (os.cpu_count() or 1) // settings.worker_processes
+    cores = len(os.sched_getaffinity(0)) // settings.worker_processes
     return max(1, min(_MOST_PROCESSES, cores // _CORES_OF_AN_ENCODER))

@@ -15,18 +15,19 @@ from typing import Any
 import numpy as np
 
 from medsora.video_io import write_ffv1, write_mp4
+from server.datasets.repository import ClipOrder
 from server.jobs.repository import Claim
 from server.storage import ArtifactInfo, Variant
 from server.worker.publishing import MADE_OF_FRAMES, Stores, write_checked, write_origin
 from server.worker.stills import write_spritesheet, write_thumbnail
 
-__all__ = ["ClipOrder", "StoredClip", "encode_and_store", "warm_up_encoder"]
+__all__ = ["EncodingOrder", "StoredClip", "encode_and_store", "warm_up_encoder"]
 
 Frames = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipOrder:
+class EncodingOrder:
     """What is to become of the frames of a clip."""
 
     claim: Claim
@@ -34,6 +35,8 @@ class ClipOrder:
     """Of :func:`medsora.provenance.clip_metadata`."""
     checkpoint: Path
     """Folder of the checkpoint that made it."""
+    dataset: ClipOrder | None
+    """What its dataset asks for, if it is of one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,7 @@ class StoredClip:
     store_s: float
 
 
-def encode_and_store(stores: Stores, order: ClipOrder, frames: Frames) -> StoredClip:
+def encode_and_store(stores: Stores, order: EncodingOrder, frames: Frames) -> StoredClip:
     """Write all files of a clip; its dataset's, too, if it is of one.
 
     Args:
@@ -55,6 +58,7 @@ def encode_and_store(stores: Stores, order: ClipOrder, frames: Frames) -> Stored
         ClipDroppedError: A filter of the dataset does not let the clip pass.
         StorageFullError: No room.
         StorageUnavailableError: The bucket cannot be reached.
+        SQLAlchemyError: What its dataset has cannot be read or written.
         MedsoraError: It cannot be encoded, or a file is not what it should be. In each case no file is left.
     """
     claim, metadata = order.claim, order.metadata
@@ -75,9 +79,10 @@ def encode_and_store(stores: Stores, order: ClipOrder, frames: Frames) -> Stored
         encode_s += time.monotonic() - write_began
 
     try:
-        is_of_dataset = stores.dataset_clips.keep(claim, frames, metadata, checkpoint=order.checkpoint)
         variants = list(MADE_OF_FRAMES)
-        if stores.settings.keep_lossless and not is_of_dataset:  # datasets have formats of their own, exact ones too
+        if order.dataset is not None:
+            stores.dataset_clips.keep(order.dataset, claim, frames, metadata, checkpoint=order.checkpoint)
+        elif stores.settings.keep_lossless:  # datasets have formats of their own, exact ones too
             variants.append(Variant.LOSSLESS)
         stored = write_checked(stores, claim, {variant: partial(write, variant) for variant in variants})
         write_origin(stores, claim, metadata, stored)

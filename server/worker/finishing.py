@@ -2,9 +2,11 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -16,6 +18,7 @@ from medsora.errors import BackendError, CheckpointError, MedsoraError
 from medsora.provenance import clip_metadata
 from medsora.request import GenerationRequest
 from server.checkpoints import ServedCheckpoint
+from server.datasets.repository import ClipOrder
 from server.errors import without_folders
 from server.jobs.repository import Claim, FinishedWork, log_fields
 from server.logs import bound
@@ -24,12 +27,12 @@ from server.storage import StorageFullError, Variant
 from server.worker.attempts import trace_attempt
 from server.worker.dataset_clips import ClipDroppedError
 from server.worker.encoders import EncoderLostError
-from server.worker.encoding import ClipOrder
+from server.worker.encoding import EncodingOrder
 from server.worker.progress import ClaimKeeper, ClaimLost, JobCanceled
 from server.worker.runtime import WorkerRuntime
 from server.worker.sources import SourceError
 
-__all__ = ["Finisher", "SampledBatch", "close_canceled", "explain", "settle"]
+__all__ = ["Finisher", "SampledBatch", "close_canceled", "explain", "leave_to_reaper", "settle"]
 
 Frames = np.ndarray[Any, np.dtype[np.uint8]]
 T = TypeVar("T")
@@ -85,8 +88,14 @@ class Finisher:
 
     def _finish(self, batch: SampledBatch) -> None:
         self._count(batch.checkpoint.name, len(batch.claims))
+        try:
+            orders = settle(lambda: self._runtime.datasets.orders_of([claim.job.id for claim in batch.claims]))
+        except SQLAlchemyError as error:
+            self._publish([(claim, error) for claim in batch.claims])
+            return
         futures = {
-            self._encoders.submit(self._make_files, batch, number): claim for number, claim in enumerate(batch.claims)
+            self._encoders.submit(self._make_files, batch, number, orders): claim
+            for number, claim in enumerate(batch.claims)
         }
         pending = set(futures)
         while pending:
@@ -94,19 +103,26 @@ class Finisher:
             done, pending = wait(pending, timeout=_COMMIT_EVERY_S)
             self._publish([(futures[future], future.result()) for future in done])
 
-    def _make_files(self, batch: SampledBatch, number: int) -> FinishedWork | Exception:
+    def _make_files(
+        self, batch: SampledBatch, number: int, orders: Mapping[str, ClipOrder]
+    ) -> FinishedWork | Exception:
         """Make and store the files of a clip; returns why not, where it was not."""
         claim, request, frames = batch.claims[number], batch.requests[number], batch.frames[number]
         end = self._keeper.end_of(claim)
         if end is not None:
             return end
-        order = ClipOrder(
+        order = EncodingOrder(
             claim=claim,
             metadata=clip_metadata(request, model=batch.checkpoint.name, model_sha256=batch.checkpoint.sha256),
             checkpoint=batch.checkpoint.directory,
+            dataset=orders.get(claim.job.id),
         )
         try:
             clip = self._runtime.encoders.run(order, frames)
+        except EncoderLostError as error:
+            with suppress(OSError):  # the reaper removes what stays
+                self._runtime.store.remove_attempt(claim.job.id, claim.token)
+            return error
         except Exception as error:
             return error
         video = clip.files[Variant.VIDEO]
@@ -153,36 +169,29 @@ class Finisher:
                 if isinstance(work, (JobCanceled, ClaimLost)):
                     close_canceled(self._runtime, self._keeper, claim, work)
                 elif isinstance(work, StorageUnavailableError):
-                    self._hand_back(claim, work)
-                elif isinstance(work, EncoderLostError) and claim.token - 1 <= claim.job.handed_back:
-                    self._try_again(claim, work)
+                    self._runtime.storage.is_suspect = True
+                    self._hand_back(claim, work, uses_attempt=False)
+                elif isinstance(work, EncoderLostError):
+                    # Which clip ended the process is not known: each runs alone the next time.
+                    self._hand_back(claim, work, uses_attempt=True)
+                elif isinstance(work, SQLAlchemyError):
+                    leave_to_reaper([claim], work)
                 elif isinstance(work, Exception):
                     self._fail(claim, work)
         except SQLAlchemyError as error:
-            # Nothing is wrong with the jobs, and what the table says of them now is unknown: their leases run out.
-            names = ", ".join(claim.job.id for claim, _ in results)
-            logger.error("%s are left to the reaper: the job table cannot be written: %s", names, error)
+            leave_to_reaper([claim for claim, _ in results], error)
         finally:
             self._keeper.let_go([claim for claim, _ in results])
 
-    def _hand_back(self, claim: Claim, error: StorageUnavailableError) -> None:
-        """Nothing is wrong with the clip: it is made again, by this worker or another one, when it can be stored."""
-        self._runtime.storage.is_suspect = True
+    def _hand_back(self, claim: Claim, error: Exception, *, uses_attempt: bool) -> None:
+        """The clip is made again, by this worker or another one."""
         with bound(**log_fields(claim.job)):
             logger.error("%s is handed back: %s", claim.job.id, error)
         key = (claim.job.id, claim.token)
-        if claim.job.id not in settle(lambda: self._runtime.repository.hand_back_all([key])):
+        hand_back = partial(self._runtime.repository.hand_back_all, [key], uses_attempt=uses_attempt)
+        if not settle(hand_back):
             settle(lambda: self._runtime.repository.finish_cancel(*key))
-        trace_attempt(claim, "handed_back")
-
-    def _try_again(self, claim: Claim, error: EncoderLostError) -> None:
-        """Whose clip ended the encoder process is not known. It has used an attempt, and runs alone the next time."""
-        with bound(**log_fields(claim.job)):
-            logger.error("%s is made again: %s", claim.job.id, error)
-        key = (claim.job.id, claim.token)
-        if not settle(lambda: self._runtime.repository.hand_back_all([key], uses_attempt=True)):
-            settle(lambda: self._runtime.repository.finish_cancel(*key))
-        trace_attempt(claim, "lost")
+        trace_attempt(claim, "lost" if uses_attempt else "handed_back")
 
     def _fail(self, claim: Claim, error: Exception) -> None:
         code, message = explain(error)
@@ -212,11 +221,17 @@ def close_canceled(runtime: WorkerRuntime, keeper: ClaimKeeper, claim: Claim, re
             settle(lambda: runtime.repository.finish_cancel(claim.job.id, claim.token))
             logger.info("%s was cancelled", claim.job.id)
         except SQLAlchemyError as error:
-            logger.error("%s is left to the reaper: the job table cannot be written: %s", claim.job.id, error)
+            leave_to_reaper([claim], error)
     else:
         logger.warning("%s belongs to another worker now", claim.job.id)
     trace_attempt(claim, "canceled" if isinstance(reason, JobCanceled) else "lost")
     keeper.let_go([claim])
+
+
+def leave_to_reaper(claims: Sequence[Claim], error: SQLAlchemyError) -> None:
+    """Nothing is wrong with these jobs, and what the table says of them now is unknown: their leases run out."""
+    names = ", ".join(claim.job.id for claim in claims)
+    logger.error("left to the reaper, for the job table cannot be used: %s: %s", names, error)
 
 
 def settle(action: Callable[[], T]) -> T:
@@ -250,8 +265,6 @@ def explain(error: Exception) -> tuple[str, str]:
         return "time_limit_exceeded", "The video took longer than a job may take."
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out_of_memory", "The device has too little free memory for this video."
-    if isinstance(error, EncoderLostError):
-        return "generation_failed", "The process that encoded the video was lost, twice."
     if isinstance(error, MedsoraError):
         return "generation_failed", f"The video could not be made: {without_folders(str(error))}"
     return "generation_failed", f"The video could not be made: {type(error).__name__}."

@@ -17,12 +17,13 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from medsora.errors import BackendError, CheckpointError
 from medsora.request import GenerationRequest
+from server.jobs.model import JobStatus
 from server.jobs.queue import JobQueue, QueueError
-from server.jobs.repository import Claim, JobRecord, log_fields
+from server.jobs.repository import EXHAUSTED, Claim, JobRecord, log_fields
 from server.logs import bound
 from server.objects import StorageFullError, StorageUnavailableError
 from server.worker.attempts import trace_attempt
-from server.worker.finishing import Finisher, SampledBatch, close_canceled, explain, settle
+from server.worker.finishing import Finisher, SampledBatch, close_canceled, explain, leave_to_reaper, settle
 from server.worker.pieces import is_made_at_once, make_in_pieces
 from server.worker.preview import PreviewWriter
 from server.worker.progress import ClaimKeeper, ClaimLost, JobCanceled, WorkerStopping
@@ -117,8 +118,7 @@ def _run_batch(runtime: WorkerRuntime, keeper: ClaimKeeper, finisher: Finisher, 
             _hand_back(runtime, keeper, [*part, *[claim for rest in parts for claim in rest]])
             return False
         except SQLAlchemyError as error:
-            # Nothing is wrong with the jobs, and what the table says of them now is unknown: their leases run out.
-            logger.error("%s are left to the reaper: the job table cannot be read: %s", _names(part), error)
+            leave_to_reaper(part, error)
             keeper.let_go(part)
         except StorageUnavailableError as error:
             logger.error("%s: %s", _names(part), error)
@@ -258,7 +258,7 @@ def _fail(runtime: WorkerRuntime, keeper: ClaimKeeper, claims: Sequence[Claim], 
         try:
             settle(partial(runtime.repository.fail, claim.job.id, claim.token, code=code, message=message))
         except SQLAlchemyError as problem:
-            logger.error("%s is left to the reaper: the job table cannot be written: %s", claim.job.id, problem)
+            leave_to_reaper([claim], problem)
         trace_attempt(claim, code)
     keeper.let_go(claims)
 
@@ -266,7 +266,7 @@ def _fail(runtime: WorkerRuntime, keeper: ClaimKeeper, claims: Sequence[Claim], 
 def _hand_back(
     runtime: WorkerRuntime, keeper: ClaimKeeper, claims: Sequence[Claim], *, uses_attempt: bool = False
 ) -> None:
-    """Let other workers, or this one later, have jobs at once."""
+    """Let other workers, or this one later, have jobs at once; one that has used its last attempt fails."""
     if not claims:
         return
     keys = [(claim.job.id, claim.token) for claim in claims]
@@ -276,15 +276,17 @@ def _hand_back(
             if claim.job.id not in done:
                 settle(partial(runtime.repository.finish_cancel, claim.job.id, claim.token))
     except SQLAlchemyError as error:
-        logger.error("%s are left to the reaper: the job table cannot be written: %s", _names(claims), error)
+        leave_to_reaper(claims, error)
         return
     finally:
         keeper.let_go(claims)
+    outcomes = {None: "canceled", JobStatus.QUEUED: "handed_back", JobStatus.FAILED: EXHAUSTED}
     for claim in claims:
-        trace_attempt(claim, "handed_back" if claim.job.id in done else "canceled")
-    if done:
-        logger.info("%s: handed back", ", ".join(sorted(done)))
-        _publish_hint(runtime, sorted(done))
+        trace_attempt(claim, outcomes[done.get(claim.job.id)])
+    waiting = sorted(job_id for job_id, status in done.items() if status is JobStatus.QUEUED)
+    if waiting:
+        logger.info("%s: handed back", ", ".join(waiting))
+        _publish_hint(runtime, waiting)
 
 
 def _publish_hint(runtime: WorkerRuntime, job_ids: Sequence[str] = ()) -> None:

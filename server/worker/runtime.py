@@ -82,10 +82,9 @@ class WorkerRuntime:
         self.storage = StorageWatch(self.store.objects)
         self.sources = SourceRepository(self.database)
         self.source_store = FileStore(objects_of(settings, "sources"))
+        self.datasets = DatasetRepository(self.database, lease_s=settings.lease_s)
         self.dataset_clips = DatasetClips(
-            DatasetRepository(self.database, lease_s=settings.lease_s),
-            DatasetFiles(objects_of(settings, "datasets")),
-            signer=signer_of(settings),
+            self.datasets, DatasetFiles(objects_of(settings, "datasets")), signer=signer_of(settings)
         )
         self.encoders: Encoders = LocalEncoders(self)
         self._registry = WorkerRegistry(self.database, heartbeat_s=settings.worker_heartbeat_s)
@@ -111,10 +110,8 @@ class WorkerRuntime:
         self._start_by = time.monotonic() + self.settings.worker_start_limit_s
         self._report_once()
         self._life.start()
-        count = encoder_count(self.settings)
-        encoders = EncoderProcesses(self.settings, count) if count else None  # they start meanwhile
-        if encoders is not None:
-            self.encoders = encoders
+        if count := encoder_count(self.settings):
+            self.encoders = EncoderProcesses(self.settings, count, otherwise=self.encoders)  # they start meanwhile
         problems = []
         for name in self.settings.checkpoints:
             if self.stopping.is_set():
@@ -127,12 +124,8 @@ class WorkerRuntime:
             except Exception as error:  # no memory for it, most often
                 logger.exception("model %s cannot be loaded", name)
                 problems.append(f"{without_folders(name)} cannot be loaded: {type(error).__name__}.")
-        if encoders is not None and not self.stopping.is_set():
-            try:
-                encoders.wait_until_ready()
-            except BackendError as error:
-                logger.error("%s", error)
-                problems.append(str(error))
+        if not self.stopping.is_set():
+            self.encoders.wait_until_ready()
         self._start_by = math.inf
         if self.stopping.is_set():
             return

@@ -44,6 +44,14 @@ def fast_settings() -> dict[str, str]:
     return dict(FAST)
 
 
+def command_line(process: psutil.Process) -> list[str]:
+    """Its arguments; none of one that has ended."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
 def _thread_states(pid: int) -> list[str]:
     stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
     return [stat.rpartition(")")[2].split()[0] for stat in stats]
@@ -183,6 +191,14 @@ class RunningServer:
         """Process ids of the live sampling processes."""
         records = WorkerRegistry(self.database, heartbeat_s=0.5).alive()
         return [pid for pid in (int(record.id.split(":")[1]) for record in records) if psutil.pid_exists(pid)]
+
+    def encoder_pids(self) -> list[int]:
+        """Process ids of the live encoder processes."""
+        return [
+            process.pid
+            for process in psutil.Process(self.process.pid).children(recursive=True)
+            if "server.worker.encoder" in command_line(process)
+        ]
 
     def freeze(self, pid: int) -> None:
         """Stop a sampling process, but not in the middle of a write: SQLite's lock would be frozen with it.

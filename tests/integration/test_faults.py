@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import httpx
 import psutil
 import pytest
+from waiting import wait_until
 
 if TYPE_CHECKING:
     from conftest import RunningServer, StartServer
@@ -68,6 +69,23 @@ def test_sampling_process_killed_alone(server: "RunningServer") -> None:
     os.kill(pid, signal.SIGKILL)
     assert server.wait_for(job_id, "succeeded", "failed").attempt == 2
     assert_made_once(server, [job_id])
+
+
+def test_encoder_process_killed(server: "RunningServer") -> None:
+    """Its clip is made again by the same sampling process, which is not held up."""
+    server.wait_ready()
+    sampling = server.sampling_pids()
+    (pid,) = server.encoder_pids()
+    os.kill(pid, signal.SIGSTOP)
+    job_id = server.submit()
+    wait_until(lambda: server.job(job_id).steps_done == 4, timeout_s=30, what="the end of its sampling")
+    time.sleep(0.3)  # and it is sent
+    os.kill(pid, signal.SIGKILL)
+    assert server.wait_for(job_id, "succeeded", "failed").attempt == 2
+    later = server.submit(seed=1)
+    assert server.wait_for(later, "succeeded", "failed").attempt == 1
+    assert_made_once(server, [job_id, later])
+    assert server.sampling_pids() == sampling
 
 
 def test_redis_killed_with_its_data_gone(server: "RunningServer") -> None:

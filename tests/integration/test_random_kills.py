@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.integration, pytest.mark.quiet, pytest.mark.timeout(1200)]
 
-KILLS = {"sampling process": 12, "worker": 7, "redis-server": 30, "api": 21, "reaper": 30}
+KILLS = {"sampling process": 12, "worker": 7, "encoder": 12, "redis-server": 25, "api": 19, "reaper": 25}
 """A hundred. What samples takes seconds to be back, and is killed while it works on something."""
 CLIENTS = 8
 WAITING = 12
@@ -82,6 +82,8 @@ def kill(server: "RunningServer", part: str, killed: set[int]) -> bool:
     """Kill a part that lives and was not killed before; False where there is none yet."""
     if part == "sampling process":
         pids = server.sampling_pids()
+    elif part == "encoder":
+        pids = server.encoder_pids()
     else:
         found = server._find_child(part)
         pids = [] if found is None else [found.pid]
@@ -122,8 +124,8 @@ def test_a_hundred_random_kills(start_server: "StartServer", tmp_path: Path) -> 
             clients.hold_back(server.repository.count_waiting() >= WAITING)
             left = [part for part, wanted in KILLS.items() if kinds[part] < wanted]
             part = chance.choices(left, [KILLS[part] - kinds[part] for part in left])[0]
-            is_sampler = part in ("sampling process", "worker")
-            if (not is_sampler or is_at_work(server)) and kill(server, part, killed):
+            uses_attempts = part in ("sampling process", "worker", "encoder")
+            if (not uses_attempts or is_at_work(server)) and kill(server, part, killed):
                 kinds[part] += 1
                 time.sleep(chance.uniform(0.05, 1.0))
             else:

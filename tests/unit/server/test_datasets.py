@@ -32,7 +32,7 @@ from server.dataset_runner import DatasetRunner
 from server.datasets import repository as dataset_repository
 from server.datasets.files import DatasetFiles
 from server.datasets.model import Dataset, DatasetClip, DatasetPayload, clip_seed, planned_clips, split_counts
-from server.datasets.repository import DatasetRepository
+from server.datasets.repository import ClipOrder, DatasetRepository
 from server.jobs.bulk import ClaimLostError
 from server.jobs.database import Database
 from server.jobs.model import Job, JobStatus
@@ -132,12 +132,15 @@ class Bench:
         )  # fmt: skip
         metadata = clip_metadata(request, model=self.checkpoint.name, model_sha256=self.checkpoint.sha256)
         try:
-            self.hands.keep(claim, self.made(job), metadata, checkpoint=self.checkpoint.directory)
+            self.hands.keep(self.order(job_id), claim, self.made(job), metadata, checkpoint=self.checkpoint.directory)
         except ClipDroppedError as error:
             is_settled = self.jobs.fail(job_id, claim.token, code=error.code, message=str(error))
         else:
             is_settled = self.jobs.succeed(job_id, claim.token, self._work(job_id, claim.token))
         assert is_settled
+
+    def order(self, job_id: str) -> ClipOrder:
+        return self.datasets.orders_of([job_id])[job_id]
 
     def fail(self, job_id: str) -> None:
         claim = self.jobs.claim(job_id, worker="w")
@@ -401,7 +404,7 @@ def test_a_late_worker_does_not_displace_a_later_attempt(bench: Bench) -> None:
         sampler="euler",
     )  # fmt: skip
     metadata = clip_metadata(request, model="tiny", model_sha256="0" * 64)
-    bench.hands.keep(frozen, noise(frozen.job), metadata, checkpoint=bench.checkpoint.directory)
+    bench.hands.keep(bench.order(job_id), frozen, noise(frozen.job), metadata, checkpoint=bench.checkpoint.directory)
     assert bench.work_off(dataset_id)["counts"]["done"] == 1
     assert bench.manifest(dataset_id)[0]["tries"] == 1
 
@@ -454,7 +457,7 @@ def test_of_the_same_clip_at_once_one_is_kept(bench: Bench) -> None:
     def keep(claim: Any) -> None:
         hands = DatasetClips(bench.datasets, bench.files)
         try:
-            hands.keep(claim, same, metadata, checkpoint=bench.checkpoint.directory)
+            hands.keep(bench.order(claim.job.id), claim, same, metadata, checkpoint=bench.checkpoint.directory)
             outcomes.append("kept")
         except ClipDroppedError as error:
             outcomes.append(error.code)

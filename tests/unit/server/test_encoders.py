@@ -2,11 +2,11 @@
 
 import copy
 import os
-import pickle
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,11 +25,11 @@ from server.datasets.repository import DatasetRepository
 from server.jobs.database import Database, migrate
 from server.jobs.repository import JobRepository
 from server.objects import StorageUnavailableError
-from server.settings import Settings
+from server.settings import Settings, load_settings
 from server.storage import ArtifactStore, Variant
 from server.worker.dataset_clips import ClipDroppedError, DatasetClips
 from server.worker.encoders import LANES, EncoderLostError, EncoderProcesses, LocalEncoders, encoder_count
-from server.worker.encoding import ClipOrder
+from server.worker.encoding import EncodingOrder
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (16, 32, 32, 3), dtype=np.uint8)
 
@@ -43,10 +43,17 @@ class Workshop:
         migrate(self.database)
         self.repository = JobRepository(self.database, lease_s=60.0, max_attempts=3)
         self.store = ArtifactStore(self.settings.artifacts_dir)
-        self.encoders = EncoderProcesses(self.settings, 1)
+        datasets = DatasetRepository(self.database, lease_s=60.0)
+        stores: Any = SimpleNamespace(
+            settings=self.settings,
+            store=self.store,
+            dataset_clips=DatasetClips(datasets, DatasetFiles(self.settings.datasets_dir)),
+        )
+        self.here = LocalEncoders(stores)
+        self.encoders = EncoderProcesses(self.settings, 1, otherwise=self.here)
         self._values = values
 
-    def order(self, seed: int) -> ClipOrder:
+    def order(self, seed: int) -> EncodingOrder:
         job = self.repository.add({**self._values, "seed": seed}, max_queued=1000)
         claim = self.repository.claim(job.id, worker="w")
         assert claim is not None
@@ -61,7 +68,7 @@ class Workshop:
             sampler=job.sampler,
         )
         metadata = clip_metadata(request, model="tiny", model_sha256="0" * 64)
-        return ClipOrder(claim=claim, metadata=metadata, checkpoint=Path("unused"))
+        return EncodingOrder(claim=claim, metadata=metadata, checkpoint=Path("unused"), dataset=None)
 
     def process(self) -> psutil.Process:
         (process,) = [
@@ -97,13 +104,7 @@ def test_a_process_makes_the_same_files_as_a_thread(workshop: Workshop) -> None:
     stored = {clip.files[Variant.VIDEO].name: workshop.store.path(clip.files[Variant.VIDEO].name) for clip in made}
     assert all(path.is_file() for path in stored.values())
     assert len({clip.files[Variant.VIDEO].sha256 for clip in made}) == 2 * LANES
-    datasets = DatasetRepository(workshop.database, lease_s=60.0)
-    stores: Any = SimpleNamespace(
-        settings=workshop.settings,
-        store=workshop.store,
-        dataset_clips=DatasetClips(datasets, DatasetFiles(workshop.settings.datasets_dir)),
-    )
-    again = LocalEncoders(stores).run(orders[3], clips[3])
+    again = workshop.here.run(orders[3], clips[3])
     assert again.files == made[3].files, "names, sizes and hashes"
 
 
@@ -115,12 +116,12 @@ def test_errors_come_through_with_where_they_came_from(workshop: Workshop) -> No
 
 
 def test_an_outage_of_the_bucket_is_still_one_in_another_process() -> None:
-    error = pickle.loads(pickle.dumps(StorageUnavailableError("the bucket cannot be reached")))
+    error = copy.copy(StorageUnavailableError("the bucket cannot be reached"))  # as pickle does it
     assert (type(error), str(error)) == (StorageUnavailableError, "the bucket cannot be reached")
 
 
 def test_a_dropped_clip_tells_why_in_any_process() -> None:
-    error = copy.copy(ClipDroppedError("dropped_motion", "It does not move."))  # as pickle does it
+    error = copy.copy(ClipDroppedError("dropped_motion", "It does not move."))
     assert (error.code, str(error)) == ("dropped_motion", "It does not move.")
 
 
@@ -146,17 +147,81 @@ def test_a_process_that_is_lost_is_replaced(workshop: Workshop) -> None:
     made = [workshop.encoders.run(workshop.order(seed), FRAMES) for seed in range(LANES + 1)]  # on every lane
     assert len(made) == LANES + 1
     assert workshop.process().pid != process.pid
-    workshop.process().kill()  # while it has nothing to do: nobody needs to know
-    wait_for(lambda: workshop.encoders._processes[0].has_ended())
+    workshop.process().kill()  # while it has nothing to do: no clip needs to know
+    wait_for(lambda: served_by(workshop.encoders).has_ended())
     assert workshop.encoders.run(workshop.order(9), FRAMES).files
+
+
+def test_a_process_that_hangs_is_ended(workshop: Workshop) -> None:
+    encoders = EncoderProcesses(workshop.settings, 1, otherwise=workshop.here, clip_limit_s=0.5)
+    encoders.wait_until_ready()
+    hung = psutil.Process(served_by(encoders).pid)
+    hung.suspend()
+    with pytest.raises(EncoderLostError):  # it hangs while it is sent more than a socket holds
+        encoders.run(workshop.order(20), np.zeros((16, 512, 512, 3), np.uint8))
+    assert not hung.is_running()
+    encoders.close()
+
+
+def test_a_process_that_has_served_for_long_is_replaced(workshop: Workshop) -> None:
+    """Clips that it has in hand are finished; then it ends."""
+    encoders = EncoderProcesses(workshop.settings, 1, otherwise=workshop.here, clips_of_a_process=LANES + 2)
+    encoders.wait_until_ready()  # counts for a clip a lane
+    first = psutil.Process(served_by(encoders).pid)
+    orders = [workshop.order(seed) for seed in range(30, 34)]
+    with ThreadPoolExecutor(encoders.lanes) as threads:
+        assert len(list(threads.map(encoders.run, orders, [FRAMES] * 4))) == 4
+    assert served_by(encoders).pid != first.pid
+    assert not first.is_running()
+    encoders.close()
+
+
+@pytest.mark.parametrize("fault", ["ends", "cannot be made"])
+def test_where_none_can_be_started_the_sampling_process_encodes(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    started: list[object] = []
+
+    def popen(*arguments: Any, **options: Any) -> Any:
+        started.append(arguments)
+        if fault == "cannot be made":
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return real([sys.executable, "-c", "raise SystemExit(1)"], **options)
+
+    real = subprocess.Popen
+    monkeypatch.setattr("server.worker.encoders.subprocess.Popen", popen)
+    encoders = EncoderProcesses(workshop.settings, 1, otherwise=workshop.here)
+    encoders.wait_until_ready()
+    assert encoders.run(workshop.order(40), FRAMES).files
+    assert len(started) == 1, "it is not tried again at once"
+    assert "cannot be started" in caplog.text
+    monkeypatch.undo()
+    encoders._places[0]._not_before = 0.0  # later
+    assert encoders.run(workshop.order(41), FRAMES).files
+    assert served_by(encoders).taken == 1
+    encoders.close()
+
+
+def test_secrets_from_files_reach_it(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("a-secret-that-is-long-enough\n")
+    monkeypatch.setenv("MEDSORA_REDIS_PASSWORD_FILE", str(secret))
+    settings = load_settings(data_dir=workshop.settings.data_dir, redis_url="redis://127.0.0.1:1/0")
+    assert settings.redis_password is not None
+    encoders = EncoderProcesses(settings, 1, otherwise=workshop.here)
+    encoders.wait_until_ready()
+    encoders.run(workshop.order(50), FRAMES)
+    assert served_by(encoders).taken == LANES + 1
+    encoders.close()
 
 
 def test_it_hears_no_signals_and_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     code = (
         "import os, sys; from pathlib import Path; from server.settings import Settings;"
         "from server.worker.encoders import EncoderProcesses;"
-        f"encoders = EncoderProcesses(Settings(data_dir=Path({str(tmp_path)!r})), 1); encoders.wait_until_ready();"
-        "print(encoders._processes[0].pid, flush=True); sys.stdin.read(); os._exit(70)"
+        f"encoders = EncoderProcesses(Settings(data_dir=Path({str(tmp_path)!r})), 1, otherwise=None);"
+        "encoders.wait_until_ready();"
+        "print(encoders._places[0].process.pid, flush=True); sys.stdin.read(); os._exit(70)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert parent.stdin is not None
@@ -164,7 +229,8 @@ def test_it_hears_no_signals_and_ends_with_the_process_that_started_it(tmp_path:
     encoder = psutil.Process(int(parent.stdout.readline()))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.kill(encoder.pid, number)
-    assert encoder.is_running()
+        time.sleep(0.1)
+        assert encoder.status() != psutil.STATUS_ZOMBIE, number
     parent.stdin.close()
     assert parent.wait(30) == 70
     parent.stdout.close()
@@ -178,8 +244,14 @@ def test_it_hears_no_signals_and_ends_with_the_process_that_started_it(tmp_path:
 def test_number_of_processes(
     monkeypatch: pytest.MonkeyPatch, cores: int, sampling: int, asked: int | None, count: int
 ) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
     assert encoder_count(Settings(worker_processes=sampling, encoder_processes=asked)) == count
+
+
+def served_by(encoders: EncoderProcesses) -> Any:
+    process = encoders._places[0].process
+    assert process is not None
+    return process
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:

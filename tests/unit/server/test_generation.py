@@ -85,6 +85,7 @@ class Bench:
         self.store = ArtifactStore(folder / "artifacts")
         self.stopping = threading.Event()
         served = Catalogue.load([str(checkpoint)]).default
+        datasets = DatasetRepository(database, lease_s=60.0)
         self.runtime = cast(
             WorkerRuntime,
             SimpleNamespace(
@@ -98,9 +99,8 @@ class Bench:
                 stopping=self.stopping,
                 giving_up=self.stopping,
                 pipeline=lambda name: (served, self.model),
-                dataset_clips=DatasetClips(
-                    DatasetRepository(database, lease_s=60.0), DatasetFiles(folder / "datasets")
-                ),
+                datasets=datasets,
+                dataset_clips=DatasetClips(datasets, DatasetFiles(folder / "datasets")),
                 encoders=None,
                 limits=BatchLimits(most),
                 window=lambda name: 16,
@@ -456,7 +456,7 @@ def test_clip_that_cannot_be_stored_does_not_fail_its_neighbours(
     assert bench.files() == sorted([*files_of(ids[0], 1), *files_of(ids[2], 1)])
 
 
-def test_clip_whose_encoder_is_lost_runs_alone_the_next_time_and_fails_where_it_was_the_cause(
+def test_clip_whose_encoder_is_lost_runs_alone_and_fails_where_that_does_not_help(
     bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = [add_job(seed=seed) for seed in range(3)]
@@ -464,23 +464,38 @@ def test_clip_whose_encoder_is_lost_runs_alone_the_next_time_and_fails_where_it_
     asked: list[int] = []
 
     def lose(order: Any, frames: Any) -> Any:
+        made = run(order, frames)
         seed = order.claim.job.seed
         asked.append(seed)
         if seed == 1 or (seed == 2 and asked.count(2) == 1):  # they were in the same process
             raise EncoderLostError("the process that encoded it is lost")
-        return run(order, frames)
+        return made
 
     monkeypatch.setattr(bench.runtime.encoders, "run", lose)
     run_jobs(bench.runtime)
-    assert bench.model.batches == [[0, 1, 2], [1], [2]]
+    assert bench.model.batches == [[0, 1, 2], [1], [1], [2]]
     assert status_of(bench, ids) == ["succeeded", "failed", "succeeded"]
-    assert attempts_of(bench, ids) == [1, 2, 2]
+    assert attempts_of(bench, ids) == [1, 3, 2]
     lost = bench.repository.get(ids[1])
     assert lost is not None
-    assert (lost.error_code, lost.error_message) == (
-        "generation_failed",
-        "The process that encoded the video was lost, twice.",
-    )
+    assert lost.error_code == "attempts_exhausted"
+    assert bench.files() == sorted([*files_of(ids[0], 1), *files_of(ids[2], 2)])
+
+
+def test_outage_of_the_database_while_a_clip_of_a_dataset_is_kept_leaves_it_to_the_reaper(
+    bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [add_job(seed=seed) for seed in range(2)]
+    run = bench.runtime.encoders.run
+
+    def fail_one(order: Any, frames: Any) -> Any:
+        if order.claim.job.seed == 0:
+            raise OperationalError("SELECT 1", None, Exception("the server is gone"))
+        return run(order, frames)
+
+    monkeypatch.setattr(bench.runtime.encoders, "run", fail_one)
+    run_jobs(bench.runtime)
+    assert status_of(bench, ids) == ["running", "succeeded"], "its lease runs out"
 
 
 def test_lack_of_memory_halves_the_batch_and_is_remembered(bench: Bench, add_job: AddJob) -> None:

@@ -96,9 +96,8 @@ def make_dataset(tenant: Tenant) -> str:
     assert held is not None
     (job_id,) = datasets.submit(held, limit=1)
     claim = services.repository.claim(job_id, worker="w")
-    order = datasets.order_of(job_id)
+    order = datasets.orders_of([job_id])[job_id]
     assert claim is not None
-    assert order is not None
     files = DatasetFiles(services.settings.datasets_dir)
     files.write(made, job_id, claim.token, lambda path: path.write_bytes(b"0123456789"))
     part = {"name": ".mp4", "size_bytes": 10, "crc32": 0xA684C7C6, "sha256": "0" * 64}

@@ -150,7 +150,29 @@ def test_poison_job_runs_three_times(repository: JobRepository, add_job: AddJob,
     assert (result.requeued, result.exhausted) == (0, 1)
     job = fetch(repository, job_id)
     assert (job.status, job.error_code, job.attempt) == (JobStatus.FAILED, "attempts_exhausted", 3)
-    assert job.error_message == "The worker was lost 3 times while running this job."
+    assert job.error_message == "The worker was lost or gave up 3 times while running this job."
+
+
+def test_hand_back_of_the_last_attempt_ends_the_job(
+    repository: JobRepository, add_job: AddJob, expire_lease: Expire
+) -> None:
+    """Nobody could claim it any more, and it would wait for ever."""
+    tried, fresh = add_job(), add_job()
+    for _ in range(2):
+        assert repository.claim(tried, worker="w") is not None
+        expire_lease(tried)
+        repository.sweep_expired()
+    keys = []
+    for job_id in (tried, fresh):
+        claim = repository.claim(job_id, worker="w")
+        assert claim is not None
+        keys.append((job_id, claim.token))
+    became = repository.hand_back_all(keys, uses_attempt=True)
+    assert became == {tried: JobStatus.FAILED, fresh: JobStatus.QUEUED}
+    assert fetch(repository, tried).error_code == "attempts_exhausted"
+    again = repository.claim(fresh, worker="w")
+    assert again is not None
+    assert repository.hand_back_all([(fresh, again.token)]) == {fresh: JobStatus.QUEUED}, "this costs none"
 
 
 def test_take_over_of_an_expired_lease_respects_the_cap(
@@ -321,3 +343,49 @@ def test_a_tenant_sees_and_changes_its_own_jobs_alone(repository: JobRepository,
     assert repository.forget([theirs]) == 1
     assert repository.page(limit=10, after=theirs, newest_first=True, tenant="a") is None
     assert repository.page(limit=10, after=theirs, newest_first=True, tenant="b") == ([], False)
+
+
+def test_what_clients_and_workers_rely_on_waits_for_the_disk(
+    repository: JobRepository, add_job: AddJob, finished_work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Renewed leases, hints and figures alone do not: a crash of the database may undo them."""
+    waited: list[bool] = []
+    original = Database.write
+
+    def write(database: Database, *, is_durable: bool = True) -> Any:
+        waited.append(is_durable)
+        return original(database, is_durable=is_durable)
+
+    monkeypatch.setattr(Database, "write", write)
+
+    def waits(action: Callable[[], object]) -> bool:
+        waited.clear()
+        assert action() is not False
+        assert waited, "nothing was written"
+        return all(waited)
+
+    def claimed() -> str:
+        job_id = add_job()
+        assert repository.claim(job_id, worker="w") is not None
+        return job_id
+
+    job_id = add_job()
+    assert waits(add_job)
+    assert waits(lambda: repository.claim(job_id, worker="w"))
+    assert waits(lambda: repository.succeed(job_id, 1, finished_work(job_id, 1)))
+    failed, canceled, handed = claimed(), claimed(), claimed()
+    assert waits(lambda: repository.fail(failed, 1, code="x", message="x"))
+    assert waits(lambda: repository.finish_cancel(canceled, 1))
+    assert waits(lambda: repository.hand_back(handed, 1))
+    unwanted = claimed()
+    assert waits(lambda: repository.request_cancel(unwanted))
+    assert waits(lambda: repository.request_removal(unwanted))
+    assert waits(repository.sweep_expired)
+    job_id = claimed()
+    # what is told has a place in the log, which must never come to mean another event
+    assert waits(lambda: repository.renew_all({(job_id, 1): 1}, announce=True))
+    assert waits(lambda: repository.show_preview(job_id, 1, b"", steps_done=1))
+    assert not waits(lambda: repository.renew_all({(job_id, 1): 1}))
+    assert not waits(lambda: repository.mark_published([job_id]))
+    assert not waits(lambda: repository.want_previews([job_id], [], for_s=1.0))
+    assert not waits(lambda: repository.count_batch("tiny", 1))
