@@ -143,7 +143,9 @@ class Stack:
         self.engine, self.folder = engine, folder
         self.name = f"medsora-test-{os.getpid()}"
         self.http_port, self.https_port, self.watch_port = free_ports(3)
-        shutil.copy(ROOT / "docker-compose.yml", folder)
+        # a limit of the file displaces all that podman was told to set by itself, and runc may not raise what is left
+        text = (ROOT / "docker-compose.yml").read_text()
+        (folder / "docker-compose.yml").write_text(text.replace("ulimits: {", "ulimits: {nproc: 8192, "))
         shutil.copy(ROOT / ".env.example", folder)
         shutil.copytree(ROOT / "docker", folder / "docker", ignore=shutil.ignore_patterns("secrets", "acme"))
         subprocess.run([folder / "docker" / "configure.sh", "localhost"], check=True, capture_output=True)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,10 @@ from server.settings import Settings
 from server.storage import ArtifactStore, Variant
 
 pytestmark = [pytest.mark.integration, pytest.mark.quiet]
+
+
+WAITING = 10
+"""Jobs that wait before the client holds back."""
 
 
 class Host:
@@ -152,13 +156,17 @@ def cluster(
 
 
 class Load:
-    """A client that asks for one short video after the other, and tries again where it may."""
+    """A client that asks for one short video after the other, and tries again where it may.
 
-    def __init__(self, urls: list[str]) -> None:
+    Args:
+        has_enough: Whether so many wait that they outlast the restart of a worker.
+    """
+
+    def __init__(self, urls: list[str], has_enough: Callable[[], bool]) -> None:
         self.job_ids: list[str] = []
         self.problems: list[str] = []
         self.retries = 0
-        self._urls = urls
+        self._urls, self._has_enough = urls, has_enough
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
 
@@ -174,6 +182,8 @@ class Load:
         with httpx.Client(timeout=30) as client:
             number = 0
             while not self._stop.wait(0.3):
+                if self._has_enough():
+                    continue
                 number += 1
                 self._ask(client, number)
 
@@ -201,7 +211,7 @@ class Load:
 
 
 def test_nothing_is_lost_and_nothing_made_twice(cluster: Cluster) -> None:
-    with Load(cluster.urls) as load:
+    with Load(cluster.urls, has_enough=lambda: cluster.repository.count_waiting() >= WAITING) as load:
         for number, host in enumerate(cluster.workers):
             wait_until(lambda: len(load.job_ids) > 2 * (number + 1), timeout_s=60, what="load")  # noqa: B023
             host.stop()
