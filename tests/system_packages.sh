@@ -7,10 +7,12 @@ set -eu
 packages="
 chromium
 dicom3tools
+nginx-light
 postgresql
 "
 # chromium     opens the playground: tests/browser
 # dicom3tools  dciodvfy, which checks DICOM files: tests/unit/medsora/test_clip_files.py
+# nginx-light  the proxy: tests/deployment/test_proxy.py
 # postgresql   the job database: tests/postgres_cluster.py
 
 command -v dpkg-query >/dev/null 2>&1 && command -v apt-get >/dev/null 2>&1 || exit 0
