@@ -47,8 +47,8 @@ def make_celery(settings: Settings) -> Celery:
         task_time_limit=settings.turn_s + settings.job_time_limit_s,
         # True kills the running job when Redis restarts, and acknowledges it.
         worker_cancel_long_running_tasks_on_connection_loss=False,
-        worker_soft_shutdown_timeout=60,
-        worker_enable_soft_shutdown_on_idle=True,
+        # None of Celery's own: it sleeps its whole time, whether anything runs or not. See server/worker/tasks.py.
+        worker_soft_shutdown_timeout=0,
         # No result backend: it would be a second way in which Redis can stop a job.
         task_ignore_result=True,
         result_backend=None,

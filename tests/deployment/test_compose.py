@@ -185,6 +185,14 @@ def test_prometheus_has_every_figure_of_the_dashboard(stack: Stack) -> None:
         assert {rule["health"] for rule in loaded} == {"ok"}
 
 
+def test_an_idle_worker_stops_at_once_and_well(stack: Stack) -> None:
+    (worker,) = stack.containers("worker-cpu")
+    began = time.monotonic()
+    stack.engine.run("stop", "--time", "60", worker)
+    assert time.monotonic() - began < 20
+    assert stack.engine.run("inspect", "--format", "{{.State.ExitCode}}", worker).strip() == "0"
+
+
 def test_it_refuses_passwords_that_are_none(stack: Stack) -> None:
     command = ["run", "--rm", "--network=none", "--env", "MEDSORA_REDIS_URL=redis://redis", "--env"]
     told = stack.engine.run(*command, "MEDSORA_REDIS_PASSWORD=changeme", "medsora-api:test", "api", check=False)

@@ -26,8 +26,7 @@ def test_settings_that_keep_jobs() -> None:
         "task_soft_time_limit": 960,  # and 60 s in which batches may begin
         "task_time_limit": 1060,
         "worker_cancel_long_running_tasks_on_connection_loss": False,
-        "worker_soft_shutdown_timeout": 60,
-        "worker_enable_soft_shutdown_on_idle": True,
+        "worker_soft_shutdown_timeout": 0,
         "task_ignore_result": True,
         "result_backend": None,
         "task_serializer": "json",
