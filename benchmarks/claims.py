@@ -49,13 +49,13 @@ def main() -> None:
             figures += measure_all("postgresql", urls, options)
         finally:
             cluster.close()
-    save(options.output, {"machine": describe_machine("cpu"), "jobs": options.jobs, "claims": figures})
+    save({"machine": describe_machine("cpu"), "jobs": options.jobs, "claims": figures}, options.output)
     print(f"\n{options.jobs} jobs of {TENANTS} tenants wait\n")
-    print("| database | jobs a claim | claimers | claims/s | jobs/s | p50 ms | p99 ms |\n|---|---|---|---|---|---|---|")
+    print("| database | jobs a claim | claimers | claims/s | jobs/s | p50 ms | p99 ms | given up |\n|---|---|---|---|---|---|---|---|")
     for one in figures:
         print(
             f"| {one['database']} | {one['batch']} | {one['claimers']} | {one['claims_per_s']:.0f} "
-            f"| {one['jobs_per_s']:.0f} | {one['p50_ms']:.1f} | {one['p99_ms']:.1f} |"
+            f"| {one['jobs_per_s']:.0f} | {one['p50_ms']:.1f} | {one['p99_ms']:.1f} | {one['errors']} |"
         )
 
 

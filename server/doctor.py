@@ -108,7 +108,11 @@ def _check_database(settings: Settings) -> Iterator[Finding]:
     try:
         if database.is_sqlite:
             path = Path(str(database.url.database))
-            if not path.exists():
+            try:
+                exists = path.exists()
+            except OSError:  # its folder may not be looked into
+                exists = True
+            if not exists:
                 yield Finding("database", State.OK, f"{path} is not there yet; the first start makes it")
                 return
             if not os.access(path, os.R_OK | os.W_OK):

@@ -2,14 +2,17 @@
 
 import os
 import shutil
+import ssl
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import httpx
 from ports import free_ports
 
 ROOT = Path(__file__).parents[1]
@@ -150,7 +153,7 @@ class Stack:
         shutil.copytree(ROOT / "docker", folder / "docker", ignore=shutil.ignore_patterns("secrets", "acme"))
         subprocess.run([folder / "docker" / "configure.sh", "localhost"], check=True, capture_output=True)
         ports = {"HTTP_PORT": self.http_port, "HTTPS_PORT": self.https_port, "WATCH_PORT": self.watch_port}
-        given = {**settings, **{name: str(port) for name, port in ports.items()}, "COMPOSE_PROFILES": "cpu"}
+        given = {"COMPOSE_PROFILES": "cpu", **settings, **{name: str(port) for name, port in ports.items()}}
         kept = [line for line in (folder / ".env").read_text().splitlines() if line.partition("=")[0] not in given]
         lines = [f"{name}={value}" for name, value in given.items()]
         (folder / ".env").write_text("\n".join([*kept, *lines]) + "\n")
@@ -180,3 +183,23 @@ class Stack:
             name = line.split()[0]
             told.append(f"---- {line}\n{self.engine.run('logs', '--tail', str(lines), name, check=False)}")
         return "\n".join(told)
+
+    @contextmanager
+    def client(self) -> Iterator[httpx.Client]:
+        """A client of the proxy that trusts the certificate of the stack, once a video could be made."""
+        context = ssl.create_default_context(cafile=str(self.certificate))
+        with httpx.Client(base_url=f"https://localhost:{self.https_port}", verify=context, timeout=60.0) as client:
+
+            def is_ready() -> bool:
+                try:
+                    return client.get("/health/ready").status_code == 200
+                except httpx.TransportError:
+                    return False
+
+            wait_until(is_ready, timeout_s=600, what=lambda: "the stack is not ready:\n" + self.logs())
+            yield client
+
+    def make_key(self) -> str:
+        """A key, made as the documentation tells."""
+        told = self.execute("api", "medsora-server", "keys", "create", "--name", "test", "--tenant", "test")
+        return next(word for word in told.split() if word.startswith("medsora_"))

@@ -10,6 +10,7 @@ import signal
 import socket
 import ssl
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +31,14 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def http(stack: Stack) -> Any:
-    """A client of the proxy that trusts the certificate of the stack, and waits until a video could be made."""
-    context = ssl.create_default_context(cafile=str(stack.certificate))
-    with httpx.Client(base_url=f"https://localhost:{stack.https_port}", verify=context, timeout=60.0) as client:
-
-        def is_ready() -> bool:
-            try:
-                return client.get("/health/ready").status_code == 200
-            except httpx.TransportError:
-                return False
-
-        wait_until(is_ready, timeout_s=600, what=lambda: "the stack is not ready:\n" + stack.logs())
+def http(stack: Stack) -> Iterator[httpx.Client]:
+    with stack.client() as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def key(stack: Stack, http: httpx.Client) -> str:
-    """A key, made as the documentation tells."""
-    told = stack.execute("api", "medsora-server", "keys", "create", "--name", "test", "--tenant", "test")
-    return next(word for word in told.split() if word.startswith("medsora_"))
+    return stack.make_key()
 
 
 @pytest.fixture(scope="module")

@@ -109,6 +109,25 @@ def test_a_damaged_database(look: Callable[..., dict[str, Finding]], tmp_path: P
     assert "backup" in str(found.advice)
 
 
+def test_a_folder_that_may_not_be_looked_into(
+    look: Callable[..., dict[str, Finding]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As any other user than the owner meets it; root is asked nothing."""
+    exists = Path.exists
+
+    def refuse(path: Path, **options: bool) -> bool:
+        if path.name == "medsora.db":
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path, **options)
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    found = look()["database"]
+    assert found.state is State.FAILING
+    assert found.found == f"{tmp_path / 'medsora.db'} cannot be read and written"
+    assert "the right to read and write" in str(found.advice)
+
+
 def test_a_database_that_is_held(
     look: Callable[..., dict[str, Finding]], migrated: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
