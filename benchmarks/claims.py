@@ -51,7 +51,8 @@ def main() -> None:
             cluster.close()
     save({"machine": describe_machine("cpu"), "jobs": options.jobs, "claims": figures}, options.output)
     print(f"\n{options.jobs} jobs of {TENANTS} tenants wait\n")
-    print("| database | jobs a claim | claimers | claims/s | jobs/s | p50 ms | p99 ms | given up |\n|---|---|---|---|---|---|---|---|")
+    print("| database | jobs a claim | claimers | claims/s | jobs/s | p50 ms | p99 ms | given up |")
+    print("|---|---|---|---|---|---|---|---|")
     for one in figures:
         print(
             f"| {one['database']} | {one['batch']} | {one['claimers']} | {one['claims_per_s']:.0f} "
