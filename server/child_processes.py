@@ -25,7 +25,8 @@ def child_environment(settings: Settings) -> dict[str, str]:
 
     Secrets that came from files are among them, so the names of those files are not.
     """
-    inherited = {name: value for name, value in os.environ.items() if name not in secret_files()}
+    files = secret_files()
+    inherited = {name: value for name, value in os.environ.items() if name not in files}
     here = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(part for part in (here, os.environ.get("PYTHONPATH")) if part)
     return {**inherited, **settings.environment(), "PYTHONPATH": path}

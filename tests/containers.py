@@ -7,12 +7,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import httpx
+import waiting
 from ports import free_ports
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +33,8 @@ runtime = "runc"
 """
 SWITCH = "MEDSORA_TEST_CONTAINERS"
 
-T = TypeVar("T")
+wait_until = partial(waiting.wait_until, every_s=0.5)
+"""What is asked here costs the containers more than a look at a file."""
 
 
 def missing_for_containers() -> str | None:
@@ -43,16 +45,6 @@ def missing_for_containers() -> str | None:
         return "makes base images with debootstrap, as root"
     missing = [program for program in ("podman", "runc", "debootstrap", "openssl") if shutil.which(program) is None]
     return f"needs {', '.join(missing)}" if missing else None
-
-
-def wait_until(condition: Callable[[], T], *, timeout_s: float, what: Callable[[], str]) -> T:
-    """Wait for something true and return it; ``what`` says what never came."""
-    deadline = time.monotonic() + timeout_s
-    while not (value := condition()):
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {timeout_s:g} s: {what()}")
-        time.sleep(0.5)
-    return value
 
 
 class Engine:

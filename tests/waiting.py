@@ -9,8 +9,10 @@ __all__ = ["wait_until"]
 T = TypeVar("T")
 
 
-def wait_until(condition: Callable[[], T], *, timeout_s: float, what: str | Callable[[], str]) -> T:
-    """Wait for something true and return it; ``what`` says what never came."""
+def wait_until(
+    condition: Callable[[], T], *, timeout_s: float, what: str | Callable[[], str], every_s: float = 0.02
+) -> T:
+    """Wait for something true, asking every so many seconds, and return it; ``what`` says what never came."""
     deadline = time.monotonic() + timeout_s
     while True:
         value = condition()
@@ -18,4 +20,4 @@ def wait_until(condition: Callable[[], T], *, timeout_s: float, what: str | Call
             return value
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {timeout_s:g} s: {what if isinstance(what, str) else what()}")
-        time.sleep(0.02)
+        time.sleep(every_s)

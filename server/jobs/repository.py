@@ -9,6 +9,7 @@ database with its own clock, never with the clock of a worker or API host.
 """
 
 import enum
+import itertools
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -507,16 +508,11 @@ class JobRepository:
             What became of each. Of those that are missing the claim is lost, or cancellation was asked for.
         """
         waiting = {**_waiting(), "handed_back": Job.handed_back + (0 if uses_attempt else 1)}
-        changes: list[tuple[ColumnElement[bool], dict[str, Any]]] = [(true(), waiting)]
-        if uses_attempt:
-            changes.insert(0, (~self._attempts_left(), self._exhausted()))
+        exhausted = [(~self._attempts_left(), self._exhausted())] if uses_attempt else []
         held = and_(*_all_held(claims), Job.cancel_requested.is_(False))
-        rows: list[Any] = []
         with self._database.write() as connection:
             _lock_jobs(connection, [job_id for job_id, _ in claims])
-            for which, values in changes:
-                statement = update(_TABLE).where(held, which).values(**values).returning(*_TABLE.c)
-                rows += connection.execute(statement).all()
+            rows = list(itertools.chain(*_settle(connection, held, [*exhausted, (true(), waiting)])))
             _tell(connection, rows)
         return {row.id: JobStatus(row.status) for row in rows}
 
@@ -546,10 +542,7 @@ class JobRepository:
         with self._database.write() as connection:
             seqs = lock_rows(connection, query, skip_locked=True)
             expired = and_(Job.seq.in_(seqs), Job.status == JobStatus.RUNNING)
-            settled = [
-                connection.execute(update(_TABLE).where(expired, which).values(**values).returning(*_TABLE.c)).all()
-                for which, values in changes
-            ]
+            settled = _settle(connection, expired, changes)
             _tell(connection, [row for rows in settled for row in rows])
         canceled, exhausted, requeued = map(len, settled)
         jobs = [_record(row) for rows in settled for row in rows]
@@ -675,6 +668,16 @@ class JobRepository:
     def _exhausted(self) -> dict[str, Any]:
         times = "once" if self._max_attempts == 1 else f"{self._max_attempts} times"
         return _ended(JobStatus.FAILED, EXHAUSTED, f"The worker was lost or gave up {times} while running this job.")
+
+
+def _settle(
+    connection: Connection, running: ColumnElement[bool], changes: Iterable[tuple[ColumnElement[bool], dict[str, Any]]]
+) -> list[Sequence[Any]]:
+    """End the claims on running jobs, each by the first change that it is for; returns the rows that each changed."""
+    return [
+        connection.execute(update(_TABLE).where(running, which).values(**values).returning(*_TABLE.c)).all()
+        for which, values in changes
+    ]
 
 
 def insert_jobs(connection: Connection, jobs: Sequence[dict[str, Any]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""How long an unfinished job may still take: asked at every poll, so one query, put together once."""
+"""How long an unfinished job may still take: asked at every poll, so in one query, and put together once."""
 
 from typing import Any
 

@@ -29,7 +29,7 @@ from server.worker.preview import PreviewWriter
 from server.worker.progress import ClaimKeeper, ClaimLost, JobCanceled, WorkerStopping
 from server.worker.runtime import WorkerRuntime
 
-__all__ = ["run_jobs"]
+__all__ = ["request_of", "run_jobs"]
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ def _make(runtime: WorkerRuntime, keeper: ClaimKeeper, finisher: Finisher, claim
     if runtime.store.free_bytes() < runtime.settings.min_free_bytes:
         raise StorageFullError("too little free disk space to begin")
     checkpoint, pipeline = runtime.pipeline(claims[0].job.model)
-    requests = [_request(claim.job) for claim in claims]
+    requests = [request_of(claim.job) for claim in claims]
     _raise_if_stopping(runtime)  # loading the model, where that had failed at the start, may have taken minutes
 
     def on_step(steps_done: int, num_steps: int) -> None:
@@ -213,7 +213,8 @@ def _is_suspect(claim: Claim) -> bool:
     return claim.token - 1 > claim.job.handed_back
 
 
-def _request(job: JobRecord) -> GenerationRequest:
+def request_of(job: JobRecord) -> GenerationRequest:
+    """What the sampler is asked for."""
     return GenerationRequest(
         label=job.label,
         seed=job.seed,

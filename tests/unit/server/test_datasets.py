@@ -41,6 +41,7 @@ from server.jobs.repository import FinishedWork, JobRepository
 from server.keys.limits import Limits
 from server.settings import Settings
 from server.worker.dataset_clips import ClipDroppedError, DatasetClips
+from server.worker.generation import request_of
 from server.worker.signing import check_signature, signer_of
 
 Finish = Callable[[str, int], FinishedWork]
@@ -126,11 +127,7 @@ class Bench:
         claim = self.jobs.claim(job_id, worker="w")
         assert claim is not None
         job = claim.job
-        request = GenerationRequest(
-            label=job.label, seed=job.seed, num_frames=job.num_frames, height=job.height, width=job.width,
-            num_inference_steps=job.num_inference_steps, guidance_scale=job.guidance_scale, sampler=job.sampler,
-        )  # fmt: skip
-        metadata = clip_metadata(request, model=self.checkpoint.name, model_sha256=self.checkpoint.sha256)
+        metadata = clip_metadata(request_of(job), model=self.checkpoint.name, model_sha256=self.checkpoint.sha256)
         try:
             self.hands.keep(self.order(job_id), claim, self.made(job), metadata, checkpoint=self.checkpoint.directory)
         except ClipDroppedError as error:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from waiting import wait_until
 
 from medsora.errors import VideoError
 from medsora.provenance import clip_metadata
-from medsora.request import GenerationRequest
 from server.datasets.files import DatasetFiles
 from server.datasets.repository import DatasetRepository
 from server.jobs.database import Database, migrate
@@ -30,6 +30,7 @@ from server.storage import ArtifactStore, Variant
 from server.worker.dataset_clips import ClipDroppedError, DatasetClips
 from server.worker.encoders import LANES, EncoderLostError, EncoderProcesses, LocalEncoders, encoder_count
 from server.worker.encoding import EncodingOrder
+from server.worker.generation import request_of
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (16, 32, 32, 3), dtype=np.uint8)
 
@@ -57,17 +58,7 @@ class Workshop:
         job = self.repository.add({**self._values, "seed": seed}, max_queued=1000)
         claim = self.repository.claim(job.id, worker="w")
         assert claim is not None
-        request = GenerationRequest(
-            label=job.label,
-            seed=seed,
-            num_frames=job.num_frames,
-            height=job.height,
-            width=job.width,
-            num_inference_steps=job.num_inference_steps,
-            guidance_scale=job.guidance_scale,
-            sampler=job.sampler,
-        )
-        metadata = clip_metadata(request, model="tiny", model_sha256="0" * 64)
+        metadata = clip_metadata(request_of(job), model="tiny", model_sha256="0" * 64)
         return EncodingOrder(claim=claim, metadata=metadata, checkpoint=Path("unused"), dataset=None)
 
     def process(self) -> psutil.Process:
@@ -139,7 +130,11 @@ def test_a_process_that_is_lost_is_replaced(workshop: Workshop) -> None:
     threads = [threading.Thread(target=encode, args=(seed,)) for seed in range(2)]
     for thread in threads:
         thread.start()
-    wait_for(lambda: workshop.repository.count_waiting() == 0 and workshop.encoders._free.qsize() == LANES - 2)
+    wait_until(
+        lambda: workshop.repository.count_waiting() == 0 and workshop.encoders._free.qsize() == LANES - 2,
+        timeout_s=30,
+        what="two clips in its hands",
+    )
     process.kill()
     for thread in threads:
         thread.join()
@@ -148,7 +143,7 @@ def test_a_process_that_is_lost_is_replaced(workshop: Workshop) -> None:
     assert len(made) == LANES + 1
     assert workshop.process().pid != process.pid
     workshop.process().kill()  # while it has nothing to do: no clip needs to know
-    wait_for(lambda: served_by(workshop.encoders).has_ended())
+    wait_until(lambda: served_by(workshop.encoders).has_ended(), timeout_s=30, what="its end")
     assert workshop.encoders.run(workshop.order(9), FRAMES).files
 
 
@@ -252,12 +247,3 @@ def served_by(encoders: EncoderProcesses) -> Any:
     process = encoders._places[0].process
     assert process is not None
     return process
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    pause = threading.Event()
-    for _ in range(int(timeout_s / 0.01)):
-        if condition():
-            return
-        pause.wait(0.01)
-    raise AssertionError("it did not come about")
