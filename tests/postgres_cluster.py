@@ -1,5 +1,7 @@
 """A private PostgreSQL for tests and benchmarks: a cluster in a temporary folder, reached by a Unix socket alone."""
 
+from __future__ import annotations
+
 import ctypes
 import os
 import pwd
@@ -9,8 +11,10 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import psycopg
+if TYPE_CHECKING:
+    import psycopg
 
 __all__ = ["MISSING", "PostgresCluster", "find_programs"]
 
@@ -80,6 +84,8 @@ class PostgresCluster:
 
     def connect(self, name: str = "postgres") -> psycopg.Connection[tuple[object, ...]]:
         """A connection of the cluster's owner that commits each statement."""
+        import psycopg  # here, so that tests that want no database run where the package is missing
+
         return psycopg.connect(host=str(self.folder), user=_USER, dbname=name, autocommit=True)
 
     def create_database(self, *, is_empty: bool = False) -> str:
@@ -120,6 +126,8 @@ class PostgresCluster:
                 stderr=log,
                 preexec_fn=_die_with_parent,
             )
+        import psycopg
+
         deadline = time.monotonic() + 60
         while True:
             try:
