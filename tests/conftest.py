@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from medsora.threads import let_idle_threads_sleep
 
@@ -14,8 +15,10 @@ let_idle_threads_sleep()  # read when torch is imported: tests share few cores w
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from postgres_cluster import MISSING, PostgresCluster, find_programs  # noqa: E402
 from s3_server import S3Server  # noqa: E402
+
+if TYPE_CHECKING:
+    from postgres_cluster import PostgresCluster
 
 # Test processes side by side share the cores.
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
@@ -48,6 +51,9 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def postgres_cluster() -> Iterator[PostgresCluster]:
     """A PostgreSQL of our own. Whoever stops it starts it again."""
+    # here, so that tests that want no database run where psycopg is missing
+    from postgres_cluster import MISSING, PostgresCluster, find_programs
+
     programs = find_programs()
     if programs is None:
         pytest.skip(MISSING)

@@ -1,7 +1,5 @@
 """A private PostgreSQL for tests and benchmarks: a cluster in a temporary folder, reached by a Unix socket alone."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import pwd
@@ -11,10 +9,8 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import psycopg
+import psycopg
 
 __all__ = ["MISSING", "PostgresCluster", "find_programs"]
 
@@ -84,8 +80,6 @@ class PostgresCluster:
 
     def connect(self, name: str = "postgres") -> psycopg.Connection[tuple[object, ...]]:
         """A connection of the cluster's owner that commits each statement."""
-        import psycopg  # here, so that tests that want no database run where the package is missing
-
         return psycopg.connect(host=str(self.folder), user=_USER, dbname=name, autocommit=True)
 
     def create_database(self, *, is_empty: bool = False) -> str:
@@ -126,8 +120,6 @@ class PostgresCluster:
                 stderr=log,
                 preexec_fn=_die_with_parent,
             )
-        import psycopg
-
         deadline = time.monotonic() + 60
         while True:
             try:

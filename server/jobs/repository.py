@@ -9,7 +9,6 @@ database with its own clock, never with the clock of a worker or API host.
 """
 
 import enum
-import itertools
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -512,7 +511,7 @@ class JobRepository:
         held = and_(*_all_held(claims), Job.cancel_requested.is_(False))
         with self._database.write() as connection:
             _lock_jobs(connection, [job_id for job_id, _ in claims])
-            rows = list(itertools.chain(*_settle(connection, held, [*exhausted, (true(), waiting)])))
+            rows = [row for rows in _settle(connection, held, [*exhausted, (true(), waiting)]) for row in rows]
             _tell(connection, rows)
         return {row.id: JobStatus(row.status) for row in rows}
 
