@@ -65,10 +65,10 @@ def clips(server: RunningServer) -> list[str]:
 def test_generate_follow_and_watch(page: Page) -> None:
     page.goto("/")
     page.get_by_label("Label", exact=True).select_option("covid-convex")
-    settings(page, steps=200, seed=7)
+    settings(page, steps=1000, seed=7)  # long enough to be seen running on any machine
     page.get_by_role("button", name="Generate").click()
     made = card(page, 7)
-    made.get_by_text(re.compile(r"Step \d+ of 200")).wait_for()
+    made.get_by_text(re.compile(r"Step \d+ of 1000")).wait_for()
     assert made.get_by_role("img", name="Running estimate").get_attribute("src").startswith("data:image/webp")  # type: ignore[union-attr]
     assert made.get_by_role("progressbar").is_visible()
     made.get_by_text("Finished").wait_for()
