@@ -126,6 +126,20 @@ class TrainingFingerprints:
         found = self._direction(_standardised(_variants(frames))) @ self._directions.T
         return float(found.max().clip(-1, 1))
 
+    def representatives(self, count: int) -> list[int]:
+        """Numbers of at most ``count`` fingerprints that stand for all, rising.
+
+        Each is the one that resembles those before it least (farthest-first traversal; Gonzalez 1985), so that what is
+        rare is among them and no clip is far from all of them.
+        """
+        chosen: list[int] = []
+        nearest = np.full(len(self), -np.inf, np.float32)
+        while len(chosen) < min(count, len(self)):
+            chosen.append(int(nearest.argmin()))
+            nearest = np.maximum(nearest, self._directions @ self._directions[chosen[-1]])
+            nearest[chosen] = np.inf  # also of one whose picture has no contrast, and so resembles nothing
+        return sorted(chosen)
+
     def _direction(self, standard: Floats) -> Floats:
         centred = standard - self._common
         centred -= centred.mean(axis=1, keepdims=True)

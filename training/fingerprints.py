@@ -24,13 +24,15 @@ from training.data.clips import ClipSet
 from training.errors import DataError
 from training.evaluation.bootstrap import CONFIDENCE, draw_weights, units_of_windows
 from training.evaluation.planted import planted_copies
-from training.evaluation.sets import cut_windows, spread, through_autoencoder
+from training.evaluation.sets import cut_windows, evenly, spread, through_autoencoder
 from training.runs import load_split
 
 __all__ = ["MAX_FINGERPRINTS", "fingerprint_checkpoint"]
 
 MAX_FINGERPRINTS = 2048
 """Of training windows, 1 KiB each."""
+CANDIDATES = 16_384
+"""Windows that the fingerprints are chosen from."""
 HELD_OUT_QUANTILE = 0.95
 PLANTED = 200
 PLANTED_THROUGH_AUTOENCODER = 32
@@ -55,7 +57,7 @@ def fingerprint_checkpoint(
 
     Args:
         table, data, model: As for :func:`training.runs.load_split`.
-        count: Most fingerprints; of more windows they are evenly spaced.
+        count: Most fingerprints; of more windows those are taken that stand for the others best.
         planted: Training windows of which copies are made.
 
     Returns:
@@ -63,8 +65,10 @@ def fingerprint_checkpoint(
     """
     device = torch.device("cpu")
     train = load_split(table, data, model, "train", device=device)
-    chosen = torch.linspace(0, len(train) - 1, min(len(train), count)).round().long()
-    marks = [fingerprint(clip) for clip in _windows(train, chosen)]
+    windows = evenly(train, CANDIDATES)
+    candidates = [fingerprint(clip) for clip in _windows(train, windows)]
+    taken = TrainingFingerprints(b"".join(candidates)).representatives(count)
+    chosen, marks = windows[taken], [candidates[number] for number in taken]
     joined = b"".join(marks)
     report(f"{len(marks)} fingerprints of {len(train)} training windows")
     try:

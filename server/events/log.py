@@ -17,6 +17,7 @@ from server.webhooks.outbox import Message, put_out
 __all__ = ["EventLog", "EventRecord", "NewEvent", "emit", "emit_all"]
 
 _TABLE: Any = Event.__table__
+_INSERT = insert(_TABLE).values(created_at=database_now())  # put together once
 _LOCK_KEY = 0x6D657674  # any number of our own for pg_advisory_xact_lock
 _SWEPT_AT_ONCE = 1000
 
@@ -82,7 +83,7 @@ def emit_all(connection: Connection, events: Sequence[NewEvent]) -> None:
         {"tenant": one.tenant, "kind": one.kind, "subject": one.subject, "data": one.data, "passing": one.passing}
         for one in events
     ]
-    connection.execute(insert(_TABLE).values(created_at=database_now()), rows)
+    connection.execute(_INSERT, rows)
     put_out(
         connection,
         [

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import (
     URL,
+    ClauseElement,
     Connection,
     Double,
     Engine,
@@ -169,10 +171,20 @@ def insert_if_absent(connection: Connection, table: Table, values: dict[str, Any
 
     In PostgreSQL it waits for a transaction that inserts the same key at the same time.
     """
-    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
-    statement = dialect.insert(table).values(values).on_conflict_do_nothing()
+    statement = _insertion_if_absent(connection.dialect.name, table)
+    computed = {name: value for name, value in values.items() if isinstance(value, ClauseElement)}
+    if computed:
+        statement = statement.values(computed)
+    given = {name: value for name, value in values.items() if name not in computed}
+    return connection.execute(statement, given).one_or_none() is not None
+
+
+@cache
+def _insertion_if_absent(dialect_name: str, table: Table) -> Any:
+    """Put together once: that costs more than running it."""
+    dialect = sqlite if dialect_name == "sqlite" else postgresql
     # not rowcount, which psycopg does not tell of an insertion
-    return connection.execute(statement.returning(literal_column("1"))).one_or_none() is not None
+    return dialect.insert(table).on_conflict_do_nothing().returning(literal_column("1"))
 
 
 def lock_rows(connection: Connection, query: Select[Any], *, skip_locked: bool = False) -> list[int]:

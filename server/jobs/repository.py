@@ -77,7 +77,9 @@ _TERMINAL_NAMES = sorted(status.value for status in TERMINAL)
 EXHAUSTED = "attempts_exhausted"
 CANCELLED = "cancelled"
 CANCELLED_MESSAGE = "The job was cancelled."
-_ACCEPTED_NOW = {"created_at": database_now(), "queued_at": database_now()}
+_COUNT_WAITING = select(func.count()).where(Job.status == JobStatus.QUEUED)  # these are put together once
+_INSERT = insert(_TABLE).values(created_at=database_now(), queued_at=database_now())
+_INSERT_RETURNING = _INSERT.returning(*_TABLE.c)
 _PLACES_TOLD = 10_000
 _SWEPT_AT_ONCE = 10_000
 CURSOR_KEPT_S = 86_400.0
@@ -233,7 +235,7 @@ class JobRepository:
             QuotaReachedError: The tenant may have no more of it.
         """
         with self._database.write() as connection:
-            waiting = connection.scalar(select(func.count()).where(Job.status == JobStatus.QUEUED))
+            waiting = connection.scalar(_COUNT_WAITING)
             if waiting is not None and waiting >= max_queued:
                 raise QueueFullError(f"{waiting} jobs are waiting, {max_queued} may")
             new = _new(values)
@@ -241,8 +243,7 @@ class JobRepository:
             if quota is not None:
                 raise QuotaReachedError(quota)
             count_usage(connection, [new])
-            statement = insert(_TABLE).values({**new, **_ACCEPTED_NOW})
-            row = connection.execute(statement.returning(*_TABLE.c)).one()
+            row = connection.execute(_INSERT_RETURNING, new).one()
             note_made(connection, row.id)
             _tell(connection, [row])
         return _record(row)
@@ -596,7 +597,7 @@ class JobRepository:
     def count_waiting(self) -> int:
         """Number of jobs in the queue."""
         with self._database.read() as connection:
-            return connection.scalar(select(func.count()).where(Job.status == JobStatus.QUEUED)) or 0
+            return connection.scalar(_COUNT_WAITING) or 0
 
     def count_live(self) -> dict[tuple[str, JobStatus], int]:
         """Numbers of jobs that wait and of those that a worker holds, by model and state."""
@@ -691,7 +692,7 @@ def insert_jobs(connection: Connection, jobs: Sequence[dict[str, Any]]) -> list[
     ids = [row["id"] for row in rows]
     if rows:
         count_usage(connection, rows)
-        connection.execute(insert(_TABLE).values(_ACCEPTED_NOW), rows)
+        connection.execute(_INSERT, rows)
         _tell(connection, connection.execute(select(_TABLE).where(Job.id.in_(ids))).all())
     return ids
 

@@ -74,6 +74,24 @@ _LIMIT: Any = TenantLimit.__table__
 _USAGE: Any = UsageOfDay.__table__
 _ALLOWANCE: Any = RequestAllowance.__table__
 
+# Put together once: every request runs them, and that costs less than putting them together.
+_NOW = select(database_now())
+_OWN_LIMITS = select(_LIMIT).where(TenantLimit.tenant == bindparam("of"))
+_IS_USAGE = (UsageOfDay.tenant == bindparam("of"), UsageOfDay.day == bindparam("on"))
+_USAGE_OF = select(_USAGE).where(*_IS_USAGE)
+_LOCKED_USAGE = _USAGE_OF.with_for_update()
+_COUNT_USAGE = (
+    update(_USAGE)
+    .where(*_IS_USAGE)
+    .values(
+        clips=UsageOfDay.clips + bindparam("more_clips"),
+        pixel_frames=UsageOfDay.pixel_frames + bindparam("more_pixel_frames"),
+    )
+)
+_IS_ALLOWANCE = RequestAllowance.tenant == bindparam("of")
+_LOCKED_ALLOWANCE = select(_ALLOWANCE).where(_IS_ALLOWANCE).with_for_update()
+_SPEND_ALLOWANCE = update(_ALLOWANCE).where(_IS_ALLOWANCE).values(remaining=bindparam("left"), at=bindparam("now"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -189,11 +207,11 @@ def count_usage(connection: Connection, jobs: Sequence[Mapping[str, Any]]) -> No
     now = _now(connection)
     for tenant in sorted({str(job["tenant"]) for job in jobs}):
         theirs = [job for job in jobs if job["tenant"] == tenant]
-        _lock_usage(connection, tenant, now)
-        statement = update(_USAGE).where(UsageOfDay.tenant == tenant, UsageOfDay.day == _day(now))
         pixel_frames = sum(_pixel_frames(job) for job in theirs)
-        added = {"clips": UsageOfDay.clips + len(theirs), "pixel_frames": UsageOfDay.pixel_frames + pixel_frames}
-        connection.execute(statement.values(added))
+        added = {"of": tenant, "on": _day(now), "more_clips": len(theirs), "more_pixel_frames": pixel_frames}
+        if connection.execute(_COUNT_USAGE, added).rowcount == 0:  # the first of this day
+            _lock_usage(connection, tenant, now)
+            connection.execute(_COUNT_USAGE, added)
 
 
 # -- for whoever asks or sets --------------------------------------------------------------------------------------
@@ -210,8 +228,7 @@ class TenantLimits:
         """What a tenant has used today, and may use."""
         with self._database.read() as connection:
             now = _now(connection)
-            query = select(_USAGE).where(UsageOfDay.tenant == tenant, UsageOfDay.day == _day(now))
-            row = connection.execute(query).one_or_none()
+            row = connection.execute(_USAGE_OF, {"of": tenant, "on": _day(now)}).one_or_none()
             return Usage(
                 limits=_limits(connection, tenant, self._defaults),
                 clips=0 if row is None else row.clips,
@@ -225,10 +242,6 @@ class TenantLimits:
         with self._database.write() as connection:
             insert_if_absent(connection, _LIMIT, {"tenant": tenant})
             connection.execute(update(_LIMIT).where(TenantLimit.tenant == tenant).values(dict(changes)))
-
-
-_OWN_LIMITS = select(_LIMIT).where(TenantLimit.tenant == bindparam("of"))
-"""Put together once: every request asks for them."""
 
 
 class RequestLimiter:
@@ -251,16 +264,14 @@ class RequestLimiter:
         if limit == 0:
             return RequestRate(0, 0, _MINUTE_S, _MINUTE_S)
         pace = limit / _MINUTE_S
-        query = select(_ALLOWANCE).where(RequestAllowance.tenant == tenant).with_for_update()
         with self._database.write(is_durable=False) as connection:
             now = _now(connection)
             insert_if_absent(connection, _ALLOWANCE, {"tenant": tenant, "remaining": float(limit), "at": now})
-            row = connection.execute(query).one()
+            row = connection.execute(_LOCKED_ALLOWANCE, {"of": tenant}).one()
             left = min(float(limit), row.remaining + max(0.0, now - row.at) * pace)
             if left < 1.0:
                 return RequestRate(limit, 0, (limit - left) / pace, (1.0 - left) / pace)
-            statement = update(_ALLOWANCE).where(RequestAllowance.tenant == tenant)
-            connection.execute(statement.values(remaining=left - 1.0, at=now))
+            connection.execute(_SPEND_ALLOWANCE, {"of": tenant, "left": left - 1.0, "now": now})
         return RequestRate(limit, math.floor(left - 1.0), (limit - left + 1.0) / pace, 0.0)
 
 
@@ -277,8 +288,7 @@ def _lock_usage(connection: Connection, tenant: str, now: float) -> Any:
     values = {"tenant": tenant, "day": _day(now), "clips": 0, "pixel_frames": 0}
     if insert_if_absent(connection, _USAGE, values):
         connection.execute(delete(_USAGE).where(UsageOfDay.tenant == tenant, UsageOfDay.day < _day(now) - 366))
-    query = select(_USAGE).where(UsageOfDay.tenant == tenant, UsageOfDay.day == _day(now))
-    return connection.execute(query.with_for_update()).one()
+    return connection.execute(_LOCKED_USAGE, {"of": tenant, "on": _day(now)}).one()
 
 
 def _count_queued(connection: Connection, tenant: str) -> int:
@@ -291,7 +301,7 @@ def _pixel_frames(job: Mapping[str, Any]) -> int:
 
 
 def _now(connection: Connection) -> float:
-    return float(connection.execute(select(database_now())).scalar_one())
+    return float(connection.execute(_NOW).scalar_one())
 
 
 def _day(now: float) -> int:

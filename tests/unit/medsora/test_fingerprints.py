@@ -106,3 +106,18 @@ def test_altered_copies_resemble_what_they_are_of(scenes: Frames, how: str) -> N
     others = [known.resemblance(clip) for clip in scenes[20:]]
     assert min(copies) > 0.97
     assert max(others) < 0.9
+
+
+def test_representatives_leave_out_what_is_there_already(scenes: Frames) -> None:
+    rng = np.random.default_rng(3)
+    noisy = [np.asarray((scenes[0] + rng.normal(0, 6, scenes[0].shape)).clip(0, 255), np.uint8) for _ in range(20)]
+    known = TrainingFingerprints(b"".join(map(fingerprint, [*noisy, scenes[1], scenes[2]])))
+    first, *rare = known.representatives(3)
+    assert first < 20
+    assert rare == [20, 21]
+    assert known.representatives(22) == known.representatives(500) == list(range(22))
+
+
+def test_representatives_of_pictures_without_contrast_are_different_ones() -> None:
+    flat = [np.full((16, 64, 64, 3), level, np.uint8) for level in (0, 90, 180)]
+    assert TrainingFingerprints(b"".join(map(fingerprint, flat))).representatives(2) == [0, 1]
