@@ -1,4 +1,4 @@
-"""``medsora-server serve``: Redis, worker, API and reaper as children of one process.
+"""``medsora-server serve``: Redis, worker, API processes and reaper as children of one process.
 
 A child that dies is started again. On SIGTERM or Ctrl-C they are stopped in an order in which nothing is lost:
 first the API, then the worker, which hands back its job; a second signal kills them. The kernel kills every child
@@ -20,7 +20,8 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
@@ -39,6 +40,8 @@ _PR_SET_PDEATHSIG = 1
 _MAX_SOCKET_PATH = 100  # the kernel's limit is 107
 _FIRST_PAUSE_S, _STEADY_S = 0.2, 30.0
 _TICK_S = 0.1
+_CORES_FOR_ONE, _MOST_FITTING = 4, 8
+"""Of API processes, where no number is set."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -122,11 +125,15 @@ class _Child:
         elif now >= self._start_at:
             self.start()
 
-    def stop(self, grace_s: float, is_urgent: Callable[[], bool] = lambda: False) -> None:
-        """Ask it to end, and kill it when it has not after ``grace_s`` seconds, or as soon as it is urgent."""
+    def ask_to_end(self) -> None:
+        """Ask it to end in order, and do not wait."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+
+    def wait(self, grace_s: float, is_urgent: Callable[[], bool] = lambda: False) -> None:
+        """Wait for its end, and kill it when it has not come after ``grace_s`` seconds, or as soon as it is urgent."""
         if self._process is None or self._process.poll() is not None:
             return
-        self._process.terminate()
         deadline = time.monotonic() + grace_s
         while self._process.poll() is None:
             if is_urgent():
@@ -150,7 +157,8 @@ class Supervisor:
         self._settings = settings
         self._database = Database(settings.database_address)
         self._stop_requests = 0
-        self._children: list[_Child] = []
+        self._stages: list[list[_Child]] = []
+        """Children in the order in which they are started; those of one stage are stopped together."""
 
     def run(self) -> int:
         """Serve until SIGTERM, SIGINT or SIGHUP; returns the exit code.
@@ -166,20 +174,21 @@ class Supervisor:
             data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise ServeError(f"the data folder {data_dir} cannot be made: {error.strerror}") from error
-        with _lock(data_dir / "server.lock"), _listen(settings.host, settings.port) as listener:
+        number = settings.api_processes or _fitting_api_processes()
+        with _lock(data_dir / "server.lock"), _listen(settings.host, settings.port, number) as listeners:
             try:
                 migrate(self._database)
             except OperationalError as error:
                 raise ServeError(f"the job database cannot be used: {error.orig}") from error
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._on_stop_signal)
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(signum, self._on_stop_signal)
             if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else `nohup` asked us to outlive the terminal
                 signal.signal(signal.SIGHUP, self._on_stop_signal)
             scratch: Path | None = None
             if settings.redis_url is None:
                 scratch = _socket_folder(data_dir)
             try:
-                self._serve(listener, scratch)
+                self._serve(listeners, scratch)
             finally:
                 self._stop_all()
                 self._database.close()
@@ -187,7 +196,7 @@ class Supervisor:
                     shutil.rmtree(scratch, ignore_errors=True)
         return 0
 
-    def _serve(self, listener: socket.socket, socket_folder: Path | None) -> None:
+    def _serve(self, listeners: Sequence[socket.socket], socket_folder: Path | None) -> None:
         settings = self._settings
         command = child_command("server.cli")
         environment = child_environment(settings)
@@ -195,36 +204,41 @@ class Supervisor:
             redis_socket = socket_folder / "redis.sock"
             environment["MEDSORA_REDIS_URL"] = f"redis+socket://{redis_socket}"
             log_path = settings.data_dir.resolve() / "redis.log"
-            self._children.append(
-                _Child(
-                    "redis",
-                    _redis_command(redis_socket, log_path),
-                    dict(os.environ),
-                    longest_pause_s=settings.restart_pause_s,
-                    before_start=self._on_redis_start,
-                )
+            redis = _Child(
+                "redis",
+                _redis_command(redis_socket, log_path),
+                dict(os.environ),
+                longest_pause_s=settings.restart_pause_s,
+                before_start=self._on_redis_start,
             )
-        descriptor = listener.fileno()
-        parts = {"reaper": ["reaper"], "worker": ["worker"], "api": ["api", "--fd", str(descriptor)]}
-        for name, arguments in parts.items():
-            part = _Child(
+            self._stages.append([redis])
+
+        def part(name: str, *options: str, descriptor: int | None = None) -> _Child:
+            return _Child(
                 name,
-                [*command, *arguments],
+                [*command, name, *options],
                 environment,
                 longest_pause_s=settings.restart_pause_s,
-                keep_fd=descriptor if name == "api" else None,
+                keep_fd=descriptor,
             )
-            self._children.append(part)
-        for child in self._children:
+
+        descriptors = [listener.fileno() for listener in listeners]
+        self._stages += [
+            [part("reaper")],
+            [part("worker")],
+            [part("api", "--fd", str(descriptor), descriptor=descriptor) for descriptor in descriptors],
+        ]
+        children = [child for stage in self._stages for child in stage]
+        for child in children:
             child.start()
-        host, port = listener.getsockname()[:2]
+        host, port = listeners[0].getsockname()[:2]
         shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
         address = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
         self._announce(f"MedSora Server listens on {address}/v1 and keeps its data in {settings.data_dir.resolve()}")
         is_announced = False
         next_probe = 0.0
         while not self._stop_requests:
-            for child in self._children:
+            for child in children:
                 child.keep_running()
             if not is_announced and time.monotonic() >= next_probe:
                 is_announced = _is_ready(address)
@@ -243,11 +257,14 @@ class Supervisor:
             logger.warning("waiting jobs are published again only after a while: %s", error)
 
     def _stop_all(self) -> None:
-        if self._children:
+        if self._stages:
             self._announce("MedSora Server is stopping")
         # API first: no new jobs. Redis last: the worker still hands its job back through it.
-        for child in reversed(self._children):
-            child.stop(self._settings.stop_grace_s, is_urgent=lambda: self._stop_requests > 1)
+        for stage in reversed(self._stages):
+            for child in stage:
+                child.ask_to_end()
+            for child in stage:
+                child.wait(self._settings.stop_grace_s, is_urgent=lambda: self._stop_requests > 1)
 
     def _announce(self, text: str) -> None:
         """Tell whoever started this; in JSON it is a line of the log like all others."""
@@ -313,21 +330,39 @@ class _lock:  # noqa: N801 - used as a context manager only
         os.close(self._descriptor)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket. It belongs to the supervisor, so clients only wait while the API is restarted."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
+def _fitting_api_processes() -> int:
+    """A quarter of the cores that we may use: sampler and encoders want the others."""
+    return max(1, min(_MOST_FITTING, len(os.sched_getaffinity(0)) // _CORES_FOR_ONE))
+
+
+@contextmanager
+def _listen(host: str, port: int, number: int) -> Iterator[list[socket.socket]]:
+    """Sockets that listen on one port, between which the kernel divides the connections.
+
+    They belong to the supervisor, so clients only wait while an API process is restarted.
+    """
+    with ExitStack() as opened:
         try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((host, port))
-            listener.listen(2048)
-        except OSError:
-            listener.close()
-            raise
-    except OSError as error:
-        raise ServeError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
-    return listener
+            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+            if number > 1 and port != 0:
+                # Sockets that share a port do not notice that a server of the same user has it too; this one does.
+                with socket.socket(family, socket.SOCK_STREAM) as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind((host, port))
+            listeners = []
+            for _ in range(number):
+                listener = opened.enter_context(socket.socket(family, socket.SOCK_STREAM))
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if number > 1:
+                    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                listener.bind((host, port))
+                port = listener.getsockname()[1]  # that of the first, where any free one will do
+                listeners.append(listener)
+            for listener in listeners:
+                listener.listen(2048)
+        except OSError as error:
+            raise ServeError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
+        yield listeners
 
 
 def _die_with_parent(parent: int) -> Callable[[], None]:

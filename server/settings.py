@@ -100,6 +100,12 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", min_length=1, description="Address that the API listens on.")
     port: int = Field(8000, ge=0, le=65535, description="TCP port of the API; 0 takes a free one.")
+    api_processes: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="API processes that `serve` starts, which share the port. 0: one for every four cores, 1 to 8.",
+    )
     keys: Literal["auto", "required", "off"] = Field(
         "auto",
         description="Whether callers need a key. auto: yes, unless `serve` listens on loopback alone and no key was "

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,12 +65,46 @@ def test_one_server_a_folder(tmp_path: Path) -> None:
         pass
 
 
-def test_taken_port_is_told(tmp_path: Path, tiny_checkpoint: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 3])
+def test_taken_port_is_told(tmp_path: Path, tiny_checkpoint: Path, processes: int) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        settings = Settings(data_dir=tmp_path, port=port, checkpoints=(str(tiny_checkpoint),))
+        settings = Settings(data_dir=tmp_path, port=port, checkpoints=(str(tiny_checkpoint),), api_processes=processes)
         with pytest.raises(ServeError, match=f"cannot listen on 127.0.0.1 port {port}: Address already in use"):
             Supervisor(settings).run()
+
+
+def test_a_port_that_another_server_shares_among_its_processes_is_taken() -> None:
+    with embedded._listen("127.0.0.1", 0, 2) as listeners:
+        port = listeners[0].getsockname()[1]
+        for number in (1, 2):
+            with pytest.raises(ServeError, match="Address already in use"), embedded._listen("127.0.0.1", port, number):
+                pass
+    with embedded._listen("127.0.0.1", port, 2):
+        pass  # free again
+
+
+def test_connections_are_divided_between_the_sockets_of_a_port() -> None:
+    with embedded._listen("127.0.0.1", 0, 3) as listeners, ExitStack() as opened:
+        address = listeners[0].getsockname()
+        for _ in range(90):
+            opened.enter_context(socket.create_connection(address, timeout=10))
+        accepted = []
+        for listener in listeners:
+            listener.setblocking(False)
+            accepted.append(0)
+            with suppress(BlockingIOError):
+                while True:
+                    opened.enter_context(listener.accept()[0])
+                    accepted[-1] += 1
+        assert sum(accepted) == 90
+        assert min(accepted) > 5
+
+
+@pytest.mark.parametrize(("cores", "processes"), [(1, 1), (2, 1), (7, 1), (8, 2), (16, 4), (200, 8)])
+def test_number_of_api_processes_fits_the_cores(monkeypatch: pytest.MonkeyPatch, cores: int, processes: int) -> None:
+    monkeypatch.setattr(embedded.os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert embedded._fitting_api_processes() == processes
 
 
 def test_missing_checkpoint_is_told_before_anything_starts(tmp_path: Path) -> None:
@@ -118,7 +153,8 @@ def start_stubborn_child(tmp_path: Path) -> embedded._Child:
 def test_child_that_will_not_stop_is_killed(tmp_path: Path) -> None:
     child = start_stubborn_child(tmp_path)
     began = time.monotonic()
-    child.stop(0.3)
+    child.ask_to_end()
+    child.wait(0.3)
     assert time.monotonic() - began >= 0.3
     assert child._process is not None
     assert child._process.returncode == -9
@@ -126,15 +162,16 @@ def test_child_that_will_not_stop_is_killed(tmp_path: Path) -> None:
 
 def test_second_signal_kills_at_once(tmp_path: Path) -> None:
     supervisor = Supervisor(Settings(data_dir=tmp_path, stop_grace_s=600.0))
-    supervisor._children.append(start_stubborn_child(tmp_path))
+    child = start_stubborn_child(tmp_path)
+    supervisor._stages.append([child])
     second = threading.Timer(0.2, supervisor._on_stop_signal)
     supervisor._on_stop_signal()
     second.start()
     began = time.monotonic()
     supervisor._stop_all()
     assert time.monotonic() - began < 60.0
-    assert supervisor._children[0]._process is not None
-    assert supervisor._children[0]._process.returncode == -9
+    assert child._process is not None
+    assert child._process.returncode == -9
     second.join()
 
 
