@@ -3,14 +3,16 @@
 #
 #     DATA=clips.csv WEIGHTS=folder benchmarks/train_shipped.sh RUNS [STAGE...]
 #
-# Stages: autoencoder denoiser compare distill export evaluate; without any, all of them in this order.
+# Stages: autoencoder denoiser compare distill export evaluate finish; without any, all of them in this order.
 # WEIGHTS holds squeezenet1_0.pth. Other variables: PYTHON; SIZE (small; tiny runs on a CPU, for a try); BUDGET_S (of a
-# training stage: it stops, saves and goes on at the next call); DENOISER (options of `medsora-train denoiser`, such as
-# --set lines of a variant); EMA, STEPS, GUIDANCE (what compare let one choose); SAMPLES (of evaluate and compare).
+# training stage: it stops, saves and goes on at the next call); DENOISER, DISTILL (options of `medsora-train denoiser` and
+# `distill`, such as --set lines of a variant); EMA (of the teacher), STEPS, GUIDANCE (of the samplers that take any number of
+# steps; what compare let one choose); FINGERPRINTS (as many as leave the whole within 24 MiB); SAMPLES (of evaluate and
+# compare). What the shipped one was made with stands in docs/experiments.md.
 set -eu
 RUNS=${1:?a folder for the runs}
 shift
-[ $# -gt 0 ] || set -- autoencoder denoiser compare distill export evaluate
+[ $# -gt 0 ] || set -- autoencoder denoiser compare distill export evaluate finish
 PYTHON=${PYTHON:-python3}
 SIZE=${SIZE:-small}
 NAME=${NAME:-lung-ultrasound-small}
@@ -21,6 +23,11 @@ export PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}"
 BUDGET=${BUDGET_S:+--time-budget-s $BUDGET_S}
 
 train() { "$PYTHON" -c 'from training.cli import main; main()' "$@"; }
+
+export_checkpoint() {
+    train export --autoencoder "$RUNS/autoencoder" --denoiser "$RUNS/few-steps" --name "$NAME" --out "$RUNS/$NAME" \
+        --steps "${STEPS:-50}" --guidance "${GUIDANCE:-2}" "$@"
+}
 
 for stage; do
     echo "== $stage"
@@ -45,16 +52,18 @@ for stage; do
             --teacher "$RUNS/denoiser" ${EMA:+--teacher-ema $EMA} --out "$RUNS/few-steps" --resume $BUDGET ${DISTILL:-}
         ;;
     export)
-        # shellcheck disable=SC2086
-        train export --autoencoder "$RUNS/autoencoder" --denoiser "$RUNS/few-steps" --name "$NAME" --data "$DATA" \
-            --out "$RUNS/$NAME" ${STEPS:+--steps $STEPS} ${GUIDANCE:+--guidance $GUIDANCE}
+        export_checkpoint
         ;;
     evaluate)
         train evaluate "$RUNS/$NAME" --data "$DATA" --squeezenet "$SQUEEZENET" --out "$RUNS/evaluation" \
             --samples "$SAMPLES"
         ;;
+    finish) # with figures and fingerprints
+        export_checkpoint --report "$RUNS/evaluation/report.json"
+        train fingerprints "$RUNS/$NAME" --data "$DATA" --count "${FINGERPRINTS:-436}"
+        ;;
     *)
-        echo "stages are autoencoder denoiser compare distill export evaluate, got $stage" >&2
+        echo "stages are autoencoder denoiser compare distill export evaluate finish, got $stage" >&2
         exit 2
         ;;
     esac

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import UInt8
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from medsora.files import sha256_of
 from medsora.video_io import from_uint8
@@ -320,8 +321,14 @@ def _run(path: Path, call: Callable[[], Any], count: int) -> Tensor:
 
 
 def _batched(extract: Callable[[Tensor], Tensor], batch_size: int) -> Callable[[UInt8[Tensor, "n f h w 3"]], Tensor]:
+    known = WeakIdKeyDictionary()  # several figures ask for the same of the same clips, which takes minutes on a CPU
+
     def whole(clips: Tensor) -> Tensor:
-        with torch.no_grad():
-            return torch.cat([extract(clips[rows]) for rows in index_batches(len(clips), batch_size, clips.device)])
+        if clips not in known:
+            with torch.no_grad():
+                rows = index_batches(len(clips), batch_size, clips.device)
+                known[clips] = torch.cat([extract(clips[batch]) for batch in rows])
+        features: Tensor = known[clips]
+        return features
 
     return whole

@@ -126,3 +126,23 @@ def test_every_file_of_a_folder_is_hashed(tmp_path: Path) -> None:
     digest = hashlib.sha256(b"x").hexdigest()
     assert file_hashes(tmp_path) == {"a/b.txt": digest}
     assert file_hashes(tmp_path / "a" / "b.txt") == {"b.txt": digest}
+
+
+def test_features_of_the_same_clips_are_computed_once() -> None:
+    network = SqueezeNet().eval()
+    frames: list[int] = []
+    pooled = network.pooled
+
+    def counted(images: Tensor) -> Tensor:
+        frames.append(len(images))
+        return pooled(images)
+
+    network.pooled = counted  # type: ignore[method-assign]
+    features = squeezenet_frames(network, batch_size=2).extract
+    shown = clips(3)
+    found = features(shown)
+    assert sum(frames) == 3 * 16
+    assert features(shown) is found
+    assert sum(frames) == 3 * 16
+    torch.testing.assert_close(features(shown.clone()), found)
+    assert sum(frames) == 2 * 3 * 16
