@@ -46,7 +46,7 @@ warm base-64 --preset base --batch 64
 warm base-128 --preset base --batch 128
 warm base-1 --preset base --batch 1
 warm small --checkpoint lung-ultrasound-small --batch 64,1
-warm small-unguided --checkpoint lung-ultrasound-small --batch 64 --guidance 1
+warm small-euler --checkpoint lung-ultrasound-small --batch 64,1 --sampler euler --steps 30 --guidance 1.5
 warm frames-16-32 --preset small --batch 8,64 --frames 16,32
 warm frames-64-128 --preset small --batch 8,64 --frames 64,128
 wait
@@ -56,7 +56,8 @@ for log in "$OUT"/warm-*.log; do echo "$log"; tail -n 8 "$log"; done
 
 bench --preset base --batch 64,128 --steps 20 --repeats 5 --json "$OUT/base-batches.json"; say base, large batches
 bench --checkpoint lung-ultrasound-small --batch 64,1 --json "$OUT/small.json"; say small
-bench --checkpoint lung-ultrasound-small --batch 64 --guidance 1 --json "$OUT/small-unguided.json"; say small, no guidance
+bench --checkpoint lung-ultrasound-small --batch 64,1 --sampler euler --steps 30 --guidance 1.5 \
+    --json "$OUT/small-euler.json"; say small, guided Euler steps
 bench --preset base --batch 1 --repeats 3 --json "$OUT/base-one.json"; say base, one clip
 bench --preset small --batch 8,64 --frames 16,32,64,128 --steps 20 --json "$OUT/frames.json"; say lengths
 "$PYTHON" benchmarks/step_profile.py | tee "$OUT/profile.txt"; say profile

@@ -60,7 +60,7 @@ for stage; do
         ;;
     finish) # with figures and fingerprints
         export_checkpoint --report "$RUNS/evaluation/report.json"
-        train fingerprints "$RUNS/$NAME" --data "$DATA" --count "${FINGERPRINTS:-436}"
+        train fingerprints "$RUNS/$NAME" --data "$DATA" --count "${FINGERPRINTS:-426}"
         ;;
     *)
         echo "stages are autoencoder denoiser compare distill export evaluate finish, got $stage" >&2

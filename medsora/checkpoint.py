@@ -270,7 +270,7 @@ def _stored(key: str, value: Tensor, dtype: str) -> Tensor:
 
 
 def _json_bytes(value: object) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def write_tiny_checkpoint(directory: str | Path, *, seed: int = 0, max_frames: int | None = None) -> Path:

@@ -130,16 +130,15 @@ class _Child:
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
 
-    def wait(self, grace_s: float, is_urgent: Callable[[], bool] = lambda: False) -> None:
-        """Wait for its end, and kill it when it has not come after ``grace_s`` seconds, or as soon as it is urgent."""
-        if self._process is None or self._process.poll() is not None:
+    def wait(self, deadline: float, is_urgent: Callable[[], bool] = lambda: False) -> None:
+        """Wait for its end; kill it when it has not come by ``deadline`` (steady clock), or as soon as it is urgent."""
+        if self._process is None:
             return
-        deadline = time.monotonic() + grace_s
         while self._process.poll() is None:
             if is_urgent():
                 self.kill()
             elif time.monotonic() > deadline:
-                logger.error("%s did not stop within %.0f s and is killed", self.name, grace_s)
+                logger.error("%s did not stop in time and is killed", self.name)
                 self.kill()
             time.sleep(_TICK_S / 5)
 
@@ -263,8 +262,9 @@ class Supervisor:
         for stage in reversed(self._stages):
             for child in stage:
                 child.ask_to_end()
+            deadline = time.monotonic() + self._settings.stop_grace_s
             for child in stage:
-                child.wait(self._settings.stop_grace_s, is_urgent=lambda: self._stop_requests > 1)
+                child.wait(deadline, is_urgent=lambda: self._stop_requests > 1)
 
     def _announce(self, text: str) -> None:
         """Tell whoever started this; in JSON it is a line of the log like all others."""
@@ -344,22 +344,19 @@ def _listen(host: str, port: int, number: int) -> Iterator[list[socket.socket]]:
     with ExitStack() as opened:
         try:
             family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-            if number > 1 and port != 0:
-                # Sockets that share a port do not notice that a server of the same user has it too; this one does.
-                with socket.socket(family, socket.SOCK_STREAM) as probe:
-                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    probe.bind((host, port))
             listeners = []
-            for _ in range(number):
+            for index in range(number):
                 listener = opened.enter_context(socket.socket(family, socket.SOCK_STREAM))
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if number > 1:
+                if index > 0:
                     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
                 listener.bind((host, port))
-                port = listener.getsockname()[1]  # that of the first, where any free one will do
-                listeners.append(listener)
-            for listener in listeners:
                 listener.listen(2048)
+                if index == 0:
+                    port = listener.getsockname()[1]
+                    # Only now: it had to have the port for itself, also from another server of the same user.
+                    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                listeners.append(listener)
         except OSError as error:
             raise ServeError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
         yield listeners

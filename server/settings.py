@@ -104,7 +104,8 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=64,
-        description="API processes that `serve` starts, which share the port. 0: one for every four cores, 1 to 8.",
+        description="API processes that `serve` starts, which share the port. 0: one for every four cores that it may "
+        "run on, 1 to 8 (a quota of a container is not seen).",
     )
     keys: Literal["auto", "required", "off"] = Field(
         "auto",

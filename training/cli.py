@@ -342,19 +342,25 @@ def export_command(
             help="As the runs had it: fingerprints of its training clips go into the checkpoint (2 MiB at most)."
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Default number of sampling steps.", min=1, max=250)] = 30,
+    steps: Annotated[
+        int, typer.Option(help="Default number of steps, of samplers that take any.", min=1, max=250)
+    ] = 30,
     guidance: Annotated[float, typer.Option(help="Default guidance scale.", min=1.0, max=8.0)] = 1.5,
     sampler: Annotated[
-        str | None, typer.Option(help="Default sampler: euler or heun; of a network that predicts noise, ddim or ddpm.")
+        str | None,
+        typer.Option(
+            help="Default sampler: shortcut (its default, where it was distilled), euler or heun; of a network that "
+            "predicts noise, ddim or ddpm."
+        ),
     ] = None,
 ) -> None:
     """Write a checkpoint directory from two runs."""
-    from training.export import Sampling, export_checkpoint
+    from training.export import Sampling, export_checkpoint, report_metrics
 
     metrics: dict[str, Any] = {}
     try:
         if report is not None:
-            metrics = json.loads(report.read_text(encoding="utf-8"))
+            metrics = report_metrics(json.loads(report.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     manifest = export_checkpoint(

@@ -27,6 +27,7 @@ __all__ = [
     "Sampling",
     "describe_labels",
     "export_checkpoint",
+    "report_metrics",
     "shortcut_limits",
     "training_data_entries",
 ]
@@ -124,6 +125,20 @@ def shortcut_limits(config: TrainConfig) -> dict[str, Any]:
     if settings is None:
         return {}
     return {"shortcut_steps": settings.steps, "shortcut_guidance": settings.guidance_scale}
+
+
+def report_metrics(report: Any) -> Any:
+    """What a manifest keeps of an evaluation's ``report.json``: all but which training clips its page shows, and five
+    significant digits of each number.
+
+    >>> report_metrics({"psnr_db": 38.0344892, "shown_training_clips": []})
+    {'psnr_db': 38.034}
+    """
+    if isinstance(report, dict):
+        return {key: report_metrics(value) for key, value in report.items() if key != "shown_training_clips"}
+    if isinstance(report, list):
+        return [report_metrics(value) for value in report]
+    return float(f"{report:.5g}") if isinstance(report, float) else report
 
 
 def training_data_entries(clips: list[dict[str, Any]]) -> tuple[dict[str, str], ...]:

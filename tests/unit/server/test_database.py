@@ -30,10 +30,10 @@ from sqlalchemy import (
     select,
     text,
 )
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from server.jobs import migrations
-from server.jobs.database import Database, database_now, insert_if_absent, migrate
+from server.jobs.database import BUSY_TIMEOUT_MS, Database, database_now, insert_if_absent, migrate
 from server.jobs.measures import JOB_MEASURES
 from server.jobs.model import Base, WorkerProcess
 from server.jobs.repository import FinishedWork, JobRepository
@@ -82,6 +82,35 @@ def test_a_writer_that_waits_too_long_for_another_of_its_process_is_told(
     assert "database is locked" in str(problems[0])
     write()  # whoever comes later is not hindered
     assert len(problems) == 1
+    database.close()
+
+
+def test_a_writer_asks_for_its_turn_every_few_milliseconds_while_another_process_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, other = (Database(f"sqlite:///{tmp_path / 'jobs.db'}") for _ in range(2))
+    tries: list[str] = []
+    with ours.read() as connection:  # the one connection of its pool
+        raw: Any = connection.connection.driver_connection
+        raw.set_trace_callback(tries.append)
+    with other.write():
+        monkeypatch.setattr("server.jobs.database.BUSY_TIMEOUT_MS", 500)
+        with pytest.raises(OperationalError, match="database is locked"), ours.write():
+            pass
+        monkeypatch.undo()
+    assert sum(statement.startswith("BEGIN IMMEDIATE") for statement in tries) > 20
+    with ours.write() as connection:
+        assert connection.scalar(text("PRAGMA busy_timeout")) == BUSY_TIMEOUT_MS
+    ours.close()
+    other.close()
+
+
+def test_a_damaged_file_is_told_as_all_errors_of_the_database_are(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.db"
+    path.write_bytes(b"no database at all" * 1000)
+    database = Database(f"sqlite:///{path}")
+    with pytest.raises(SQLAlchemyError), database.write():
+        pass
     database.close()
 
 

@@ -154,10 +154,23 @@ def test_child_that_will_not_stop_is_killed(tmp_path: Path) -> None:
     child = start_stubborn_child(tmp_path)
     began = time.monotonic()
     child.ask_to_end()
-    child.wait(0.3)
+    child.wait(time.monotonic() + 0.3)
     assert time.monotonic() - began >= 0.3
     assert child._process is not None
     assert child._process.returncode == -9
+
+
+def test_children_of_one_stage_share_the_grace_period(tmp_path: Path) -> None:
+    supervisor = Supervisor(Settings(data_dir=tmp_path, stop_grace_s=1.0, drain_s=0.0))
+    children = []
+    for name in "abcd":
+        (tmp_path / name).mkdir()
+        children.append(start_stubborn_child(tmp_path / name))
+    supervisor._stages.append(children)
+    began = time.monotonic()
+    supervisor._stop_all()
+    assert 1.0 <= time.monotonic() - began < 3.0
+    assert [child._process.returncode for child in children if child._process is not None] == [-9] * 4
 
 
 def test_second_signal_kills_at_once(tmp_path: Path) -> None:
