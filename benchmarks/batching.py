@@ -2,6 +2,7 @@
 
     python benchmarks/batching.py [--checkpoint tiny] [--clients 64] [--batch N] [--clips 1024] [--steps N]
     python benchmarks/batching.py --checkpoint lung-ultrasound-small          # the figure of a GPU, where there is one
+    python benchmarks/batching.py --checkpoint lung-ultrasound-small --sampler euler --steps 50
 
 Starts the embedded server (medsora-server serve, with its own Redis) in a temporary folder. Clients, each a thread with
 a connection of its own, post requests and poll as the headers of the answers tell, each with a few outstanding; the
@@ -62,7 +63,7 @@ def main() -> None:
             "clients": options.clients,
             "outstanding": options.outstanding,
             "batch": before["batch"],
-            "num_inference_steps": request_of(checkpoint, options.steps, 0).num_inference_steps,
+            "num_inference_steps": request_of(checkpoint, options.sampler, options.steps, 0).num_inference_steps,
             "raw_before": before["clips_per_s"],
             "raw_after": after["clips_per_s"],
             "raw_clips_per_s": raw,
@@ -82,6 +83,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="clips sampled at once (default: 64 on a GPU, 16 else)")
     parser.add_argument("--clips", type=int, default=1024, help="clips in all (default: 1024)")
     parser.add_argument("--steps", type=int, help="default: the checkpoint's")
+    parser.add_argument("--sampler", help="default: the checkpoint's")
     parser.add_argument("--device", default="auto", help="default: a GPU when there is one")
     parser.add_argument("--threads", type=int, help="threads of torch, in the server as well as alone")
     parser.add_argument("--json", type=Path, help="file for the figures (default: in benchmarks/results)")
@@ -104,10 +106,10 @@ def manifest_of(checkpoint: Path) -> Manifest:
     return read_manifest(checkpoint)
 
 
-def request_of(checkpoint: Path, steps: int | None, seed: int) -> GenerationRequest:
+def request_of(checkpoint: Path, sampler: str | None, steps: int | None, seed: int) -> GenerationRequest:
     manifest = manifest_of(checkpoint)
     label = manifest.labels[seed % len(manifest.labels)].name
-    return resolve_request(manifest, label=label, seed=seed, num_inference_steps=steps)
+    return resolve_request(manifest, label=label, seed=seed, sampler=sampler, num_inference_steps=steps)
 
 
 # -- the sampler alone ---------------------------------------------------------------------------------------
@@ -119,7 +121,15 @@ def raw_rate(checkpoint: Path, options: argparse.Namespace, batch: int | None = 
     ours, theirs = context.Pipe()
     process = context.Process(
         target=measure_raw,
-        args=(theirs, str(checkpoint), options.device, options.steps, batch or options.batch, options.threads),
+        args=(
+            theirs,
+            str(checkpoint),
+            options.device,
+            options.sampler,
+            options.steps,
+            batch or options.batch,
+            options.threads,
+        ),
     )
     process.start()
     theirs.close()
@@ -131,7 +141,13 @@ def raw_rate(checkpoint: Path, options: argparse.Namespace, batch: int | None = 
 
 
 def measure_raw(
-    answer: Any, directory: str, device: str, steps: int | None, batch: int | None, threads: int | None
+    answer: Any,
+    directory: str,
+    device: str,
+    sampler: str | None,
+    steps: int | None,
+    batch: int | None,
+    threads: int | None,
 ) -> None:
     import torch
 
@@ -142,7 +158,7 @@ def measure_raw(
     place = device_named(device)
     size = batch or (64 if place.type == "cuda" else 16)
     pipeline = VideoPipeline.from_checkpoint(directory, device=device, batch_sizes=(size,))
-    requests = [request_of(Path(directory), steps, seed) for seed in range(size)]
+    requests = [request_of(Path(directory), sampler, steps, seed) for seed in range(size)]
     for _ in range(2):
         pipeline(requests)
     began, cpu_began, clips = time.perf_counter(), time.process_time(), 0
@@ -217,8 +233,13 @@ def load(
     """
 
     def body_of(number: int) -> dict[str, Any]:
-        request = request_of(checkpoint, options.steps, number)
-        return {"prompt": request.label, "seed": number, "num_inference_steps": request.num_inference_steps}
+        request = request_of(checkpoint, options.sampler, options.steps, number)
+        return {
+            "prompt": request.label,
+            "seed": number,
+            "sampler": request.sampler,
+            "num_inference_steps": request.num_inference_steps,
+        }
 
     clients = Clients(
         url.removeprefix("http://"),
