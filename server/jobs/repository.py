@@ -16,6 +16,7 @@ from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import (
+    BindParameter,
     ColumnElement,
     Connection,
     Select,
@@ -80,22 +81,6 @@ CANCELLED_MESSAGE = "The job was cancelled."
 _COUNT_WAITING = select(func.count()).where(Job.status == JobStatus.QUEUED)  # these are put together once
 _INSERT = insert(_TABLE).values(created_at=database_now(), queued_at=database_now())
 _INSERT_RETURNING = _INSERT.returning(*_TABLE.c)
-_SUCCEED = (  # and what the work was, whose names are those of the columns
-    update(_TABLE)
-    .where(
-        Job.id == bindparam("of"),
-        Job.attempt == bindparam("token"),
-        Job.status == JobStatus.RUNNING,
-        Job.cancel_requested.is_(False),
-    )
-    .values(
-        status=JobStatus.SUCCEEDED.value,
-        steps_done=Job.num_inference_steps,
-        completed_at=database_now(),
-        lease_until=None,
-    )
-    .returning(*_TABLE.c)
-)
 _PLACES_TOLD = 10_000
 _SWEPT_AT_ONCE = 10_000
 CURSOR_KEPT_S = 86_400.0
@@ -743,9 +728,22 @@ def _change(connection: Connection, statement: Update) -> int:
     return len(rows)
 
 
-def _held(job_id: str, token: int) -> tuple[ColumnElement[bool], ...]:
+def _held(job_id: str | BindParameter[str], token: int | BindParameter[int]) -> tuple[ColumnElement[bool], ...]:
     """The claim still stands. An expired lease that nobody has taken over yet is still good."""
     return (Job.id == job_id, Job.status == JobStatus.RUNNING, Job.attempt == token)
+
+
+_SUCCEED = (  # and what the work was, whose names are those of the columns
+    update(_TABLE)
+    .where(*_held(bindparam("of"), bindparam("token")), Job.cancel_requested.is_(False))
+    .values(
+        status=JobStatus.SUCCEEDED.value,
+        steps_done=Job.num_inference_steps,
+        completed_at=database_now(),
+        lease_until=None,
+    )
+    .returning(*_TABLE.c)
+)
 
 
 def _abandoned() -> ColumnElement[bool]:
