@@ -51,6 +51,8 @@ Frames = np.ndarray[Any, np.dtype[np.uint8]]
 _EXACT = (
     Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
 )
+# Else swscale starts one for every processor, for each clip, and small frames are only the slower for it.
+_SCALER_THREADS = 1
 # Metadata keys that MP4 has places of its own for, which every player shows.
 _MP4_KEYS = {"album", "artist", "comment", "copyright", "date", "description", "genre", "synopsis", "title"}
 # What containers write about themselves; not metadata of the clip.
@@ -263,7 +265,7 @@ def ffv1_writer(
         context = stream.codec_context
         context.width, context.height = size
         context.pix_fmt = "bgr0"
-        yield _frame_writer(output, stream, lambda rgb: _rgb_frame(rgb).reformat(format="bgr0"))  # only moves bytes
+        yield _frame_writer(output, stream, _to_bgr0)
         output.mux(stream.encode())
 
 
@@ -446,7 +448,12 @@ def _to_yuv(converter: VideoReformatter, rgb: Frames) -> av.VideoFrame:
         dst_color_primaries=ColorPrimaries.BT709,
         dst_color_trc=ColorTrc.BT709,
         interpolation=_EXACT,
+        threads=_SCALER_THREADS,
     )
+
+
+def _to_bgr0(rgb: Frames) -> av.VideoFrame:
+    return _rgb_frame(rgb).reformat(format="bgr0", threads=_SCALER_THREADS)  # only moves bytes
 
 
 def _check_frames(path: Path, frames: Frames, fps: float) -> tuple[int, int]:
@@ -501,7 +508,9 @@ def _fps(path: Path, stream: av.VideoStream) -> float:
 
 def rgb_of(frame: av.VideoFrame) -> Frames:
     """A decoded frame as uint8 RGB ``(height, width, 3)``, by its own colour tags."""
-    rgb = frame.reformat(format="rgb24", dst_color_range=ColorRange.JPEG, interpolation=_EXACT)
+    rgb = frame.reformat(
+        format="rgb24", dst_color_range=ColorRange.JPEG, interpolation=_EXACT, threads=_SCALER_THREADS
+    )
     return np.asarray(rgb.to_ndarray(), dtype=np.uint8)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -19,7 +20,9 @@ from PIL import Image
 
 from medsora.errors import VideoError
 from medsora.video_io import (
+    ffv1_writer,
     from_uint8,
+    mp4_writer,
     probe_video,
     read_video,
     to_uint8,
@@ -120,6 +123,15 @@ def test_same_input_gives_same_bytes(tmp_path: Path, write: Writer, suffix: str)
     for name in ("one", "two"):
         write(tmp_path / f"{name}{suffix}", noise(), fps=8, metadata={"title": "t"})
     assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"two{suffix}").read_bytes()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux lists them")
+@pytest.mark.parametrize("writer", [mp4_writer, ffv1_writer])
+def test_no_threads_are_started_to_write_a_clip(tmp_path: Path, writer: Callable[..., Any]) -> None:
+    before = len(list(Path("/proc/self/task").iterdir()))
+    with writer(tmp_path / "clip.video", size=(64, 64), fps=8) as write:
+        write(noise())
+        assert len(list(Path("/proc/self/task").iterdir())) == before
 
 
 @pytest.mark.parametrize(("write", "suffix"), WRITERS)
