@@ -38,7 +38,7 @@ bench --help >/dev/null || exit 1
 for test in $TESTS; do
     # a hundred tests that each compile kernels: side by side where pytest-xdist is there
     parallel=""
-    [ "$test" = ssd ] && "$PYTHON" -c "import xdist" 2>/dev/null && parallel="-n 6"
+    [ "$test" = ssd ] && "$PYTHON" -c "import xdist" 2>/dev/null && parallel="-n 6 -p no:benchmark" # a plugin, where it is installed, that warns beside it
     aside "test-$test" "$PYTHON" -m pytest -q -p no:cacheprovider -rfE --durations 3 $parallel \
         "tests/gpu/test_${test}_cuda.py"
 done
