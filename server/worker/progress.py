@@ -16,6 +16,11 @@ __all__ = ["ClaimKeeper", "ClaimLost", "JobCanceled", "WorkerStopping"]
 
 logger = logging.getLogger(__name__)
 _ANNOUNCE_EVERY_S = 0.2
+_REST_FOR_WORK = 9.0
+"""Seconds without a renewal because of progress for each that the last one took. Those of many jobs take long, and the
+sampler shares its interpreter with them."""
+_MOST_REST_S = 1.0
+"""So that a cancellation is heard soon, however slow the database is."""
 
 
 class JobCanceled(GenerationCanceled):
@@ -50,7 +55,8 @@ class ClaimKeeper:
     Args:
         lease_s: Seconds that a claim lasts without renewal.
         heartbeat_s: Seconds between renewals.
-        progress_interval_s: Least seconds between two renewals because of progress.
+        progress_interval_s: Least seconds between two renewals because of progress; a tenth of the time at most goes
+            into them.
         giving_up: Set when this worker is to stop at once.
     """
 
@@ -169,12 +175,13 @@ class ClaimKeeper:
 
     def _beat(self) -> None:
         renewed_at = time.monotonic()
+        pause_s = self._progress_interval_s
         while True:
             with self._changed:
                 if not self._has_progress and not self._is_closed:
                     self._changed.wait(max(0.0, renewed_at + self._heartbeat_s - time.monotonic()))
                 is_due = self._has_progress or time.monotonic() - renewed_at >= self._heartbeat_s
-                rest_s = renewed_at + self._progress_interval_s - time.monotonic()
+                rest_s = renewed_at + pause_s - time.monotonic()
                 if self._has_progress and rest_s > 0 and not self._is_closed:
                     self._changed.wait_for(lambda: self._is_closed, rest_s)
                 if self._is_closed:
@@ -182,3 +189,5 @@ class ClaimKeeper:
             if is_due:
                 renewed_at = time.monotonic()
                 self.renew()
+                took_s = time.monotonic() - renewed_at
+                pause_s = max(self._progress_interval_s, min(_MOST_REST_S, (1 + _REST_FOR_WORK) * took_s))

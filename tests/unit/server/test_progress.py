@@ -1,5 +1,6 @@
 """The keeper of claims: renewals, and every reason not to go on with a job."""
 
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -67,6 +68,36 @@ def test_quick_steps_are_not_all_written(
             time.sleep(0.01)
         wait_until(lambda: steps_done(repository, claims) == [50, 50])
     assert 2 <= len(written) <= 6
+
+
+@pytest.mark.parametrize(
+    ("write_s", "most"),
+    [
+        pytest.param(0.02, 7, id="a tenth of the time at most goes into them"),
+        pytest.param(0.3, 3, id="but a second later the next comes"),
+    ],
+)
+def test_the_longer_a_write_takes_the_longer_is_the_rest(
+    repository: JobRepository, claims: list[Claim], monkeypatch: pytest.MonkeyPatch, write_s: float, most: int
+) -> None:
+    began: list[float] = []
+    renew_all = repository.renew_all
+
+    def slow(progress: Any, **options: Any) -> dict[str, bool]:
+        began.append(time.monotonic())
+        time.sleep(write_s)
+        return renew_all(progress, **options)
+
+    monkeypatch.setattr(repository, "renew_all", slow)
+    with keep(repository, claims) as keeper:
+        until = time.monotonic() + 1.1
+        while time.monotonic() < until:
+            keeper.on_step(claims, 1)
+            time.sleep(0.005)
+        wait_until(lambda: len(began) > 1)
+    rests = [later - earlier for earlier, later in itertools.pairwise(began)]
+    assert all(min(1.0, 10 * write_s) <= rest for rest in rests)
+    assert 2 <= len(began) <= most
 
 
 def test_parts_of_a_batch_have_their_own_progress(repository: JobRepository, claims: list[Claim]) -> None:
