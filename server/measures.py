@@ -8,6 +8,8 @@ import bisect
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
 from sqlalchemy import BigInteger, Connection, Double, String, select
 from sqlalchemy.dialects import postgresql, sqlite
@@ -19,7 +21,6 @@ from server.jobs.model import Base
 __all__ = ["Measure", "MeasureSum", "Observation", "Sums", "add_observations", "add_sums", "read_measures"]
 
 _MOST_LABEL_CHARACTERS = 600
-_ROWS_AT_ONCE = 200
 
 
 class MeasureSum(Base):
@@ -35,6 +36,9 @@ class MeasureSum(Base):
     count: Mapped[int] = mapped_column(BigInteger)
     total: Mapped[float] = mapped_column(Double)
     """Sum of the observed values."""
+
+
+_TABLE: Any = MeasureSum.__table__
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,15 +122,16 @@ def add_sums(connection: Connection, sums: Mapping[Key, Sums]) -> None:
     ]
     # In one order: two transactions that lock the same rows then wait for each other, and do not deadlock.
     rows.sort(key=lambda row: (row["name"], row["labels"], row["le"]))
-    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        statement = dialect.insert(MeasureSum).values(rows[start : start + _ROWS_AT_ONCE])
-        raised = {
-            "count": MeasureSum.count + statement.excluded.count,
-            "total": MeasureSum.total + statement.excluded.total,
-        }
-        key = [MeasureSum.name, MeasureSum.labels, MeasureSum.le]
-        connection.execute(statement.on_conflict_do_update(index_elements=key, set_=raised))
+    if rows:
+        connection.execute(_addition(connection.dialect.name), rows)
+
+
+@cache
+def _addition(dialect_name: str) -> Any:
+    """Put together once: that costs more than running it."""
+    statement: Any = (sqlite if dialect_name == "sqlite" else postgresql).insert(_TABLE)
+    raised = {name: _TABLE.c[name] + statement.excluded[name] for name in ("count", "total")}
+    return statement.on_conflict_do_update(index_elements=["name", "labels", "le"], set_=raised)
 
 
 def read_measures(database: Database, measures: Sequence[Measure]) -> dict[str, dict[tuple[str, ...], Sums]]:

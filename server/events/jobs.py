@@ -4,7 +4,7 @@ import base64
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, delete
+from sqlalchemy import Connection, bindparam, delete
 
 from server.events.log import NewEvent, emit, emit_all
 from server.events.model import Event
@@ -41,6 +41,9 @@ _STATUS = {
 }
 
 
+_FORGET_PASSING = delete(Event).where(Event.subject.in_(bindparam("ended", expanding=True)), Event.passing.is_(True))
+
+
 def state_of(job: Any) -> tuple[str, dict[str, Any]]:
     """Kind and data of the event that tells the state of a job: a row, or a record of one."""
     status = JobStatus(job.status)
@@ -58,7 +61,7 @@ def announce_states(connection: Connection, rows: Sequence[Any]) -> None:
     """Tell the new state of each job of these rows, which the transaction has just made or changed."""
     ended = [row.id for row in rows if JobStatus(row.status) in TERMINAL]
     if ended:  # how they came there is of no interest any more
-        connection.execute(delete(Event).where(Event.subject.in_(ended), Event.passing.is_(True)))
+        connection.execute(_FORGET_PASSING, {"ended": ended})
     told = [(row, *state_of(row)) for row in rows]
     emit_all(
         connection,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, select, text
+from sqlalchemy import Connection, bindparam, delete, func, insert, select, text
 
 from server.events.model import Event
 from server.jobs.database import Database, database_now, lock_rows
@@ -18,6 +18,9 @@ __all__ = ["EventLog", "EventRecord", "NewEvent", "emit", "emit_all"]
 
 _TABLE: Any = Event.__table__
 _INSERT = insert(_TABLE).values(created_at=database_now())  # put together once
+_FORGET_BEFORE = delete(Event).where(
+    Event.subject.in_(bindparam("subjects", expanding=True)), Event.kind == bindparam("of"), Event.passing.is_(True)
+)
 _LOCK_KEY = 0x6D657674  # any number of our own for pg_advisory_xact_lock
 _SWEPT_AT_ONCE = 1000
 
@@ -77,8 +80,7 @@ def emit_all(connection: Connection, events: Sequence[NewEvent]) -> None:
         if event.passing:
             passing.setdefault(event.kind, []).append(event.subject)
     for kind, subjects in passing.items():
-        before = (Event.subject.in_(subjects), Event.kind == kind, Event.passing.is_(True))
-        connection.execute(delete(Event).where(*before))
+        connection.execute(_FORGET_BEFORE, {"subjects": subjects, "of": kind})
     rows = [
         {"tenant": one.tenant, "kind": one.kind, "subject": one.subject, "data": one.data, "passing": one.passing}
         for one in events

@@ -15,7 +15,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -191,7 +191,9 @@ def _insertion_if_absent(dialect_name: str, table: Table) -> Any:
     return dialect.insert(table).on_conflict_do_nothing().returning(literal_column("1"))
 
 
-def lock_rows(connection: Connection, query: Select[Any], *, skip_locked: bool = False) -> list[int]:
+def lock_rows(
+    connection: Connection, query: Select[Any], values: Mapping[str, Any] | None = None, *, skip_locked: bool = False
+) -> list[int]:
     """Numbers of the chosen rows of a table, locked until the transaction is over. SQLite has one writer anyway.
 
     Whoever changes several rows in one transaction locks them so beforehand: two that want the same rows then wait for
@@ -199,9 +201,10 @@ def lock_rows(connection: Connection, query: Select[Any], *, skip_locked: bool =
 
     Args:
         query: Selects the rows' numbers in rising order, the order in which all lock them.
+        values: Of its parameters.
         skip_locked: Leave out rows that another transaction is at.
     """
-    return list(connection.scalars(query.with_for_update(skip_locked=skip_locked)))
+    return list(connection.scalars(query.with_for_update(skip_locked=skip_locked), values))
 
 
 def _postgresql_engine(url: URL) -> Engine:

@@ -756,8 +756,11 @@ def _lockable() -> Select[Any]:
     return select(*_TABLE.c, alone().label("runs_alone")).with_for_update(skip_locked=True)
 
 
+_THESE_JOBS = select(Job.seq).where(Job.id.in_(bindparam("these", expanding=True))).order_by(Job.seq)
+
+
 def _lock_jobs(connection: Connection, job_ids: Sequence[str]) -> None:
-    lock_rows(connection, select(Job.seq).where(Job.id.in_(job_ids)).order_by(Job.seq))
+    lock_rows(connection, _THESE_JOBS, {"these": list(job_ids)})
 
 
 def _all_held(claims: Sequence[tuple[str, int]]) -> tuple[ColumnElement[bool], ...]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, bindparam, insert, select
 
 from server.jobs.database import database_now
 from server.webhooks.model import KINDS, Delivery, Webhook, new_delivery_id
@@ -12,6 +12,7 @@ from server.webhooks.model import KINDS, Delivery, Webhook, new_delivery_id
 __all__ = ["Message", "put_out"]
 
 _DELIVERY: Any = Delivery.__table__
+_WEBHOOKS_OF = select(Webhook.__table__).where(Webhook.tenant.in_(bindparam("tenants", expanding=True)))
 _SENT_AS = {"video.cancelled": "video.failed"}
 """Event of the log -> what it is sent as."""
 
@@ -37,7 +38,7 @@ def put_out(connection: Connection, messages: Sequence[Message]) -> None:
     if not wanted:
         return
     tenants = {message.tenant for message, _ in wanted}
-    webhooks = connection.execute(select(Webhook.__table__).where(Webhook.tenant.in_(tenants))).all()
+    webhooks = connection.execute(_WEBHOOKS_OF, {"tenants": sorted(tenants)}).all()
     rows: list[dict[str, Any]] = []
     for message, kind in wanted:
         to: list[tuple[str | None, str, str | None]] = [

@@ -24,6 +24,7 @@ from server.logs import bound
 from server.objects import StorageFullError, StorageUnavailableError
 from server.worker.attempts import trace_attempt
 from server.worker.finishing import Finisher, SampledBatch, close_canceled, explain, leave_to_reaper, settle
+from server.worker.next_batch import NextBatch
 from server.worker.pieces import is_made_at_once, make_in_pieces
 from server.worker.preview import PreviewWriter
 from server.worker.progress import ClaimKeeper, ClaimLost, JobCanceled, WorkerStopping
@@ -37,7 +38,8 @@ logger = logging.getLogger(__name__)
 def run_jobs(runtime: WorkerRuntime) -> int:
     """Make videos of waiting jobs until none waits, this worker is to stop, or its turn is over; returns how many.
 
-    While a batch is sampled the one before is encoded and stored, so at most two batches of clips are held.
+    While a batch is sampled the one before is encoded and stored, so at most two batches of clips are held; and where
+    many wait, the jobs of the next one are claimed in its last second.
     """
     settings = runtime.settings
     until = time.monotonic() + settings.turn_s
@@ -52,6 +54,12 @@ def run_jobs(runtime: WorkerRuntime) -> int:
             giving_up=runtime.giving_up,
         ) as keeper,
         Finisher(runtime, keeper) as finisher,
+        NextBatch(
+            claim=lambda: _claim(runtime),
+            keep=keeper.keep,
+            hand_back=lambda claims: _hand_back(runtime, keeper, claims),
+            until=until,
+        ) as next_batch,
     ):
         while not runtime.stopping.is_set():
             if time.monotonic() >= until:
@@ -61,16 +69,15 @@ def run_jobs(runtime: WorkerRuntime) -> int:
                 finisher.wait()
             if not runtime.storage.is_well():
                 break  # the reaper tells of waiting jobs again and again
-            claims = _claim(runtime)
+            claims = next_batch.take()
             if not claims:
                 if finisher.wait():  # meanwhile more may have come, or come back
                     continue
                 break
             taken += len(claims)
-            keeper.keep(claims)
             if _is_suspect(claims[0]):
                 finisher.wait()  # nothing else is in this process while one runs that may have ended another
-            if not _run_batch(runtime, keeper, finisher, claims):
+            if not _run_batch(runtime, keeper, finisher, next_batch, claims):
                 break
             if _is_suspect(claims[0]):
                 finisher.wait()
@@ -98,7 +105,9 @@ def _claim(runtime: WorkerRuntime) -> list[Claim]:
     return claims
 
 
-def _run_batch(runtime: WorkerRuntime, keeper: ClaimKeeper, finisher: Finisher, claims: Sequence[Claim]) -> bool:
+def _run_batch(
+    runtime: WorkerRuntime, keeper: ClaimKeeper, finisher: Finisher, next_batch: NextBatch, claims: Sequence[Claim]
+) -> bool:
     """Sample jobs together and hand the clips on. When that fails, halves are tried, down to the one at fault.
 
     Returns:
@@ -110,7 +119,7 @@ def _run_batch(runtime: WorkerRuntime, keeper: ClaimKeeper, finisher: Finisher, 
         if not part:
             continue
         try:
-            _make(runtime, keeper, finisher, part)
+            _make(runtime, keeper, finisher, next_batch, part)
         except (JobCanceled, ClaimLost):
             for claim in part:
                 _is_over(runtime, keeper, claim)
@@ -144,6 +153,7 @@ def _run_batch(runtime: WorkerRuntime, keeper: ClaimKeeper, finisher: Finisher, 
                     logger.exception("a batch of %d broke the device; its jobs run one by one now", len(part))
                     _hand_back(runtime, keeper, part, uses_attempt=True)
                 _hand_back(runtime, keeper, rest)
+                next_batch.give_back()
                 logger.error("the GPU context is broken, this process ends")
                 logging.shutdown()
                 os._exit(70)
@@ -160,7 +170,9 @@ def _run_batch(runtime: WorkerRuntime, keeper: ClaimKeeper, finisher: Finisher, 
     return True
 
 
-def _make(runtime: WorkerRuntime, keeper: ClaimKeeper, finisher: Finisher, claims: list[Claim]) -> None:
+def _make(
+    runtime: WorkerRuntime, keeper: ClaimKeeper, finisher: Finisher, next_batch: NextBatch, claims: list[Claim]
+) -> None:
     """Sample jobs together and let the clips be finished; one that is made in pieces is encoded as they come."""
     _raise_if_stopping(runtime)
     if runtime.store.free_bytes() < runtime.settings.min_free_bytes:
@@ -189,15 +201,20 @@ def _make(runtime: WorkerRuntime, keeper: ClaimKeeper, finisher: Finisher, claim
         )
         finisher.publish(claim, work)
         return
+    first = claims[0].job
+    kind = (first.model, _shape(first), first.sampler, first.num_inference_steps, len(claims))
+    if len(claims) == _limit(runtime, first) > 1 and not _is_suspect(claims[0]):  # more wait, most likely
+        next_batch.look_before(runtime.batch_s.get(kind))
     began = time.monotonic()
     frames = pipeline(requests, on_step=on_step, preview=preview)
+    runtime.batch_s[kind] = time.monotonic() - began
     finisher.submit(
         SampledBatch(
             checkpoint=checkpoint,
             claims=claims,
             requests=requests,
             frames=frames,
-            sampling_s=time.monotonic() - began,
+            sampling_s=runtime.batch_s[kind],
         )
     )
 

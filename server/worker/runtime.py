@@ -11,6 +11,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Hashable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,6 +94,8 @@ class WorkerRuntime:
         self._problem: str | None = _STARTING
         self._device = settings.device
         self.limits = BatchLimits(max(settings.batch_sizes or _SIZES["cpu"]))
+        self.batch_s: dict[Hashable, float] = {}
+        """Seconds that the last batch of each kind took to be sampled and decoded."""
         self.busy_at = -math.inf
         """On the steady clock: when several jobs that are alike last waited together."""
         self._ended = threading.Event()

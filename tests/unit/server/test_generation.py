@@ -105,6 +105,7 @@ class Bench:
                 limits=BatchLimits(most),
                 window=lambda name: 16,
                 busy_at=-math.inf,
+                batch_s={},
             ),
         )
 
@@ -619,6 +620,60 @@ def test_no_more_than_two_batches_of_clips_are_held(
     for number in range(2, 4):
         place = [index for index, event in enumerate(events) if event == "sampling"][number]
         assert events[:place].count("stored") >= 4 * (number - 1)
+
+
+def test_the_next_batch_is_claimed_while_a_full_one_of_known_length_is_sampled(bench: Bench, add_job: AddJob) -> None:
+    ids = [add_job(seed=seed) for seed in range(12)]
+    running: list[list[int]] = []
+
+    def at_step(step: int) -> None:
+        if step == 4:
+            time.sleep(0.3)  # time enough to claim
+            running.append([seed for seed, status in enumerate(status_of(bench, ids)) if status == "running"])
+
+    bench.model.at_step = at_step
+    assert run_jobs(bench.runtime) == 12
+    assert running[0] == [0, 1, 2, 3], "nobody knew how long it would take"
+    assert set(running[1]) >= {4, 5, 6, 7, 8, 9, 10, 11}
+    assert bench.model.batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert status_of(bench, ids) == ["succeeded"] * 12
+    assert attempts_of(bench, ids) == [1] * 12
+
+
+def test_what_was_claimed_ahead_is_handed_back_at_a_stop(bench: Bench, add_job: AddJob) -> None:
+    ids = [add_job(seed=seed) for seed in range(12)]
+
+    def at_batch(requests: list[GenerationRequest]) -> None:
+        if len(bench.model.batches) == 2:
+            time.sleep(0.3)  # time enough to claim
+            bench.stopping.set()
+
+    bench.model.at_batch = at_batch
+    assert run_jobs(bench.runtime) == 8
+    assert bench.model.batches == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    jobs = [bench.repository.get(job_id) for job_id in ids]
+    assert [job.handed_back for job in jobs if job is not None] == [0] * 4 + [1] * 8, "those ahead were not claimed"
+    assert status_of(bench, ids) == ["succeeded"] * 4 + ["queued"] * 8
+    assert attempts_of(bench, ids) == [1] * 4 + [0] * 8
+
+
+def test_nothing_is_claimed_ahead_beside_a_batch_that_is_not_full(bench: Bench, add_job: AddJob) -> None:
+    for seed in range(3):
+        add_job(seed=seed)
+    run_jobs(bench.runtime)
+    late: list[str] = []
+
+    def at_batch(requests: list[GenerationRequest]) -> None:
+        if len(bench.model.batches) == 2:
+            late.append(add_job(seed=9))
+            time.sleep(0.2)
+            assert status_of(bench, late) == ["queued"]
+
+    bench.model.at_batch = at_batch
+    for seed in range(3):
+        add_job(seed=seed)
+    run_jobs(bench.runtime)
+    assert status_of(bench, late) == ["succeeded"]
 
 
 def test_batches_are_counted(bench: Bench, add_job: AddJob, database: Database) -> None:
