@@ -21,8 +21,9 @@ from typing import Any
 
 from generate import RESULTS, describe_machine, save
 
-from server.jobs.database import Database, migrate
+from server.jobs.database import Database
 from server.jobs.repository import JobRepository, insert_jobs
+from server.jobs.schema import migrate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from postgres_cluster import MISSING, PostgresCluster, find_programs

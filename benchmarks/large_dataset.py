@@ -176,7 +176,8 @@ def index_and_ranges(folder: Path, count: int) -> dict[str, Any]:
     from server.datasets.layout import groups_of
     from server.datasets.model import Dataset, DatasetClip, DatasetPayload
     from server.datasets.repository import DatasetRepository
-    from server.jobs.database import Database, migrate
+    from server.jobs.database import Database
+    from server.jobs.schema import migrate
 
     database = Database(f"sqlite:///{folder / 'rows.db'}")
     migrate(database)

@@ -33,8 +33,9 @@ from claims import JOB, fill
 from generate import RESULTS, describe_machine, save
 
 from server.embedded import find_redis_server
-from server.jobs.database import Database, migrate
+from server.jobs.database import Database
 from server.jobs.repository import Claim, FinishedWork, JobRepository, insert_jobs
+from server.jobs.schema import migrate
 from server.keys.model import ALL_SCOPES
 from server.keys.repository import KeyRepository
 from server.storage import ArtifactStore

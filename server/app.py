@@ -33,9 +33,10 @@ from server.files.repository import FileRepository
 from server.files.service import FileService
 from server.files.store import FileStore
 from server.idempotency import IdempotentRequests
-from server.jobs.database import Database, migrate
+from server.jobs.database import Database
 from server.jobs.queue import BackgroundPublisher, JobQueue
 from server.jobs.repository import JobRepository
+from server.jobs.schema import migrate
 from server.jobs.service import JobService
 from server.jobs.workers import WorkerRegistry
 from server.keys.limits import Limits, RequestLimiter, TenantLimits

@@ -28,9 +28,10 @@ from server.datasets.files import DatasetFiles
 from server.datasets.model import ClipState, Dataset, DatasetClip
 from server.files.model import File
 from server.files.store import FileStore
-from server.jobs.database import Database, migrate, schema_position
+from server.jobs.database import Database
 from server.jobs.model import Job, JobStatus
 from server.jobs.repository import JobRepository
+from server.jobs.schema import migrate, schema_position
 from server.objects import LocalObjects, Objects, objects_of
 from server.settings import Settings
 from server.sources.model import Source

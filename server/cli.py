@@ -146,9 +146,10 @@ def reaper() -> None:
     from server.dataset_runner import make_dataset_runner
     from server.events.log import EventLog
     from server.files.store import FileStore
-    from server.jobs.database import Database, migrate
+    from server.jobs.database import Database
     from server.jobs.queue import JobQueue
     from server.jobs.repository import JobRepository
+    from server.jobs.schema import migrate
     from server.jobs.workers import WorkerRegistry
     from server.logs import configure_logging
     from server.objects import objects_of

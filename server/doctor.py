@@ -21,8 +21,9 @@ from medsora.errors import CheckpointError
 from medsora.files import sha256_of
 from medsora.manifest import find_checkpoint, read_manifest
 from server.embedded import ServeError, find_redis_server
-from server.jobs.database import Database, database_now, schema_position
+from server.jobs.database import Database, database_now
 from server.jobs.model import Job, JobStatus
+from server.jobs.schema import schema_position
 from server.jobs.workers import WorkerRegistry
 from server.keys.repository import KeyRepository
 from server.objects import StorageFullError, nearest_folder, objects_of

@@ -28,8 +28,9 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from server.checkpoints import Catalogue
 from server.child_processes import child_command, child_environment
-from server.jobs.database import Database, migrate
+from server.jobs.database import Database
 from server.jobs.repository import JobRepository
+from server.jobs.schema import migrate
 from server.settings import Settings
 
 __all__ = ["ServeError", "Supervisor", "find_redis_server"]

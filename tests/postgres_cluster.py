@@ -85,7 +85,8 @@ class PostgresCluster:
     def create_database(self, *, is_empty: bool = False) -> str:
         """Make a database with the newest schema, or without any; returns its name."""
         if not is_empty and not self._has_template:
-            from server.jobs.database import Database, migrate
+            from server.jobs.database import Database
+            from server.jobs.schema import migrate
 
             self._create(_TEMPLATE, "template0")
             database = Database(self.url(_TEMPLATE))

@@ -1,4 +1,4 @@
-"""Connection to the job database, its clock, and its schema (Alembic, in ``migrations/``).
+"""Connection to the job database, and its clock; the schema is in ``schema.py``.
 
 SQLite runs in WAL mode with ``synchronous=FULL``: what was committed survives a power cut, but for what says that it
 need not. Every transaction that writes takes the write lock at its beginning, so that two writers wait for each other
@@ -9,24 +9,15 @@ COMMITTED: writers lock the rows that they choose, several rows in one order, so
 tried again (:func:`lock_rows`).
 """
 
-import fcntl
-import logging
-import os
 import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from itertools import chain, repeat
-from pathlib import Path
 from typing import Any
 
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import (
     URL,
     ClauseElement,
@@ -49,21 +40,16 @@ from sqlalchemy.sql.functions import FunctionElement
 __all__ = [
     "Database",
     "DatabaseURLError",
-    "SchemaPosition",
     "database_now",
     "insert_if_absent",
     "lock_rows",
-    "migrate",
-    "schema_position",
 ]
 
 BUSY_TIMEOUT_MS = 5000
 _TRIES_MS = (1, 2, 4, 8)
 """Pauses between tries for the write lock; the last is repeated."""
-_MIGRATIONS = Path(__file__).parent / "migrations"
 _CONNECTIONS = 20
 """Most connections to PostgreSQL of one :class:`Database`."""
-_MIGRATION_LOCK_KEY = 0x6D656473  # any number of our own for pg_advisory_xact_lock
 
 _POSTGRESQL_SESSION = {
     # No query of ours takes a second; one that does not end must not hold up whoever waits for its locks.
@@ -280,52 +266,3 @@ def _begin_immediate(connection: Any) -> None:
                 return
     finally:
         connection.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
-
-
-@dataclass(frozen=True)
-class SchemaPosition:
-    """The revision of a database's schema, and whether this version of the server does not know it yet."""
-
-    revision: str
-    is_newer: bool
-
-
-def schema_position(connection: Connection) -> tuple[SchemaPosition | None, str]:
-    """Where a database's schema is (None: it has none), and the newest revision that this server knows."""
-    scripts = ScriptDirectory(str(_MIGRATIONS))
-    head = str(scripts.get_current_head())
-    revision = MigrationContext.configure(connection).get_current_revision()
-    if revision is None:
-        return None, head
-    known = {script.revision for script in scripts.walk_revisions()}
-    return SchemaPosition(revision, is_newer=revision not in known), head
-
-
-def migrate(database: Database) -> None:
-    """Bring the schema up to date; several processes may do so at once, one after the other does it."""
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every connection that it finds in order
-    config = Config()
-    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
-    if database.is_sqlite:
-        path = Path(str(database.url.database))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)  # prompts are in it; SQLite gives its other files the same mode
-        # SQLite commits schema changes one by one: a lock file keeps two processes apart.
-        lock = os.open(f"{path}.migrate.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            _upgrade(database, config)
-        finally:
-            os.close(lock)
-    else:
-        _upgrade(database, config)
-
-
-def _upgrade(database: Database, config: Config) -> None:
-    with database.write() as connection:
-        if not database.is_sqlite:
-            # Changes of the schema are part of the transaction, and so is the lock that keeps two processes apart.
-            connection.execute(text("set local statement_timeout = 0"))
-            connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK_KEY})
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")

@@ -146,7 +146,8 @@ def limits(
 
 @contextmanager
 def _database(data_dir: Path | None) -> "Iterator[Database]":
-    from server.jobs.database import Database, migrate
+    from server.jobs.database import Database
+    from server.jobs.schema import migrate
 
     database = Database(_load(data_dir).database_address)
     try:

@@ -99,7 +99,7 @@ class WebhookSender:
                     at_work[task] = one.delivery.url
                     task.add_done_callback(at_work.pop)
                 if not due:
-                    await asyncio.sleep(self._settings.webhook_interval_s)
+                    await asyncio.to_thread(stop.wait, self._settings.webhook_interval_s)
             left = list(at_work)
             for task in left:
                 task.cancel()

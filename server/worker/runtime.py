@@ -29,8 +29,9 @@ from server.datasets.files import DatasetFiles
 from server.datasets.repository import DatasetRepository
 from server.errors import without_folders
 from server.files.store import FileStore
-from server.jobs.database import Database, migrate
+from server.jobs.database import Database
 from server.jobs.repository import JobRepository
+from server.jobs.schema import migrate
 from server.jobs.workers import WorkerRegistry
 from server.objects import objects_of
 from server.settings import Settings

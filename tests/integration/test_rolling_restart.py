@@ -20,8 +20,9 @@ from waiting import wait_until
 
 from server.embedded import find_redis_server
 from server.events.model import Event
-from server.jobs.database import Database, migrate
+from server.jobs.database import Database
 from server.jobs.repository import JobRepository
+from server.jobs.schema import migrate
 from server.jobs.workers import WorkerRegistry
 from server.objects import objects_of
 from server.settings import Settings

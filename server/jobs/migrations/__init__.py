@@ -1,1 +1,1 @@
-"""Alembic scripts of the job database; run by :func:`server.jobs.database.migrate`."""
+"""Alembic scripts of the job database; run by :func:`server.jobs.schema.migrate`."""

@@ -16,9 +16,10 @@ from sqlalchemy import update
 
 import server.jobs.database
 from server.app import create_app
-from server.jobs.database import Database, database_now, migrate
+from server.jobs.database import Database, database_now
 from server.jobs.model import Job
 from server.jobs.repository import FinishedWork, JobRepository
+from server.jobs.schema import migrate
 from server.sealing import Sealer
 from server.settings import Settings
 

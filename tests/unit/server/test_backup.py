@@ -16,9 +16,10 @@ from server import backup
 from server.app import create_app
 from server.backup import BackupError, make_backup, restore_backup
 from server.cli import app
-from server.jobs.database import Database, migrate
+from server.jobs.database import Database
 from server.jobs.model import JobStatus
 from server.jobs.repository import FinishedWork, JobRepository
+from server.jobs.schema import migrate
 from server.objects import objects_of
 from server.settings import Settings
 from server.storage import ArtifactStore, Variant

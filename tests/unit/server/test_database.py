@@ -33,10 +33,11 @@ from sqlalchemy import (
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from server.jobs import migrations
-from server.jobs.database import BUSY_TIMEOUT_MS, Database, database_now, insert_if_absent, migrate
+from server.jobs.database import BUSY_TIMEOUT_MS, Database, database_now, insert_if_absent
 from server.jobs.measures import JOB_MEASURES
 from server.jobs.model import Base, WorkerProcess
 from server.jobs.repository import FinishedWork, JobRepository
+from server.jobs.schema import migrate
 from server.jobs.workers import WorkerRegistry
 from server.measures import read_measures
 

@@ -19,9 +19,10 @@ from server import doctor
 from server.cli import app
 from server.doctor import Finding, State, examine
 from server.embedded import find_redis_server
-from server.jobs.database import Database, database_now, migrate
+from server.jobs.database import Database, database_now
 from server.jobs.model import Job
 from server.jobs.repository import JobRepository
+from server.jobs.schema import migrate
 from server.keys.model import Scope
 from server.keys.repository import KeyRepository
 from server.settings import Settings

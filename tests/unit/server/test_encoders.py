@@ -22,8 +22,9 @@ from medsora.errors import VideoError
 from medsora.provenance import clip_metadata
 from server.datasets.files import DatasetFiles
 from server.datasets.repository import DatasetRepository
-from server.jobs.database import Database, migrate
+from server.jobs.database import Database
 from server.jobs.repository import JobRepository
+from server.jobs.schema import migrate
 from server.objects import StorageUnavailableError
 from server.settings import Settings, load_settings
 from server.storage import ArtifactStore, Variant

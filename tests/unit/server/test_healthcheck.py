@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from server.cli import app
 from server.healthcheck import api_problem, reaper_problem, worker_problem
-from server.jobs.database import Database, migrate
+from server.jobs.database import Database
+from server.jobs.schema import migrate
 from server.jobs.workers import WorkerRegistry
 from server.settings import Settings
 

@@ -18,10 +18,11 @@ from sqlalchemy import select, update
 from server.events.log import EventLog
 from server.files.store import FileStore
 from server.idempotency import Answer, Begun, IdempotentRequest, IdempotentRequests, InProgress, Made, working_on
-from server.jobs.database import Database, migrate
+from server.jobs.database import Database
 from server.jobs.model import TERMINAL, TRANSITIONS, Job, JobStatus
 from server.jobs.queue import JobQueue
 from server.jobs.repository import Claim, FinishedWork, JobRepository, Removal
+from server.jobs.schema import migrate
 from server.jobs.workers import WorkerRegistry
 from server.keys.limits import NO_LIMITS, TenantLimits
 from server.reaper import Reaper
