@@ -45,10 +45,11 @@ def migrate(database: Database) -> None:
     if database.is_sqlite:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)  # prompts are in it; SQLite gives its other files the same mode
-    with database.read() as connection:
-        position, newest = schema_position(connection)
-    if position == SchemaPosition(newest, is_newer=False):
-        return
+    if not (database.is_sqlite and path.stat().st_size == 0):
+        with database.read() as connection:
+            position, newest = schema_position(connection)
+        if position == SchemaPosition(newest, is_newer=False):
+            return
     if database.is_sqlite:
         # SQLite commits schema changes one by one: a lock file keeps two processes apart.
         lock = os.open(f"{path}.migrate.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

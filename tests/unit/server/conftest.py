@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from alembic.config import Config
 from fastapi.testclient import TestClient
 from postgres_cluster import PostgresCluster
 from pydantic import SecretStr
 from sqlalchemy import update
 
-import server.jobs.database
+import server.jobs.schema
 from server.app import create_app
 from server.jobs.database import Database, database_now
 from server.jobs.model import Job
@@ -56,15 +55,16 @@ def _new_databases_are_copies(request: pytest.FixtureRequest, monkeypatch: pytes
     if "empty_database_url" in request.fixturenames:
         return
     new_sqlite: Path = request.getfixturevalue("new_sqlite")
-    upgrade = server.jobs.database._upgrade
+    upgrade = server.jobs.schema._upgrade
 
-    def upgrade_copy(database: Database, config: Config) -> None:
+    def upgrade_or_copy(database: Database) -> None:
         path = Path(str(database.url.database))
         if database.is_sqlite and path.stat().st_size == 0:
             shutil.copyfile(new_sqlite, path)
-        upgrade(database, config)
+        else:
+            upgrade(database)
 
-    monkeypatch.setattr(server.jobs.database, "_upgrade", upgrade_copy)
+    monkeypatch.setattr(server.jobs.schema, "_upgrade", upgrade_or_copy)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
