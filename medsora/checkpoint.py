@@ -12,11 +12,13 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from medsora.config import ModelConfig, config_from_json, config_to_json
 from medsora.errors import CheckpointError
@@ -138,8 +140,8 @@ def load_checkpoint(directory: str | Path) -> LoadedCheckpoint:
         if manifest.has_autoencoder != (config.autoencoder is not None):
             listed, configured = manifest.has_autoencoder, config.autoencoder is not None
             raise ValueError(f"an autoencoder is in the manifest's files: {listed}, in config.json: {configured}")
-        # meta: shapes without memory or random numbers; the file's tensors become the weights
-        with torch.device("meta"):
+        # meta: shapes without memory; the file's tensors become the weights
+        with torch.device("meta"), _NoInitialValues():
             autoencoder = None if config.autoencoder is None else VideoAutoencoder(config.autoencoder).eval()
             denoiser = Denoiser(config.denoiser).eval()
     except (ValueError, RuntimeError) as error:
@@ -148,6 +150,18 @@ def load_checkpoint(directory: str | Path) -> LoadedCheckpoint:
         if module is not None:
             _load_weights(contents[name], module, name=str(source / name))
     return LoadedCheckpoint(config, manifest, autoencoder, denoiser)
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Lets modules be built without their random numbers: on meta those take torch 2 s, to load its compiler."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == torch.nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def add_fingerprints(

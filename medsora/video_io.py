@@ -508,9 +508,7 @@ def _fps(path: Path, stream: av.VideoStream) -> float:
 
 def rgb_of(frame: av.VideoFrame) -> Frames:
     """A decoded frame as uint8 RGB ``(height, width, 3)``, by its own colour tags."""
-    rgb = frame.reformat(
-        format="rgb24", dst_color_range=ColorRange.JPEG, interpolation=_EXACT, threads=_SCALER_THREADS
-    )
+    rgb = frame.reformat(format="rgb24", dst_color_range=ColorRange.JPEG, interpolation=_EXACT, threads=_SCALER_THREADS)
     return np.asarray(rgb.to_ndarray(), dtype=np.uint8)
 
 

@@ -109,6 +109,8 @@ class Mamba2(nn.Module):
         bound = self.conv_weight.shape[1] ** -0.5
         nn.init.uniform_(self.conv_weight, -bound, bound)
         nn.init.uniform_(self.conv_bias, -bound, bound)
+        if self.A_log.is_meta:  # which has no values, and would load torch's compiler to compute them
+            return
         with torch.no_grad():
             self.A_log.uniform_(1, 16).log_()
             # step sizes log-uniform in [0.001, 0.1]; dt_bias is their inverse softplus

@@ -37,8 +37,8 @@ _START_LIMIT_S = 120.0
 _PAUSE_S = 60.0
 """After a process that could not be started."""
 _STOP_LIMIT_S = 5.0
-_CORES_OF_AN_ENCODER = 3
-_MOST_PROCESSES = 6
+_CORES_OF_AN_ENCODER = 2
+_MOST_PROCESSES = 16
 
 logger = logging.getLogger(__name__)
 
