@@ -5,6 +5,7 @@ pools ignore time limits in silence, and CUDA does not survive a fork.
 """
 
 import logging
+import signal
 from typing import Any
 
 from celery import Celery
@@ -15,7 +16,10 @@ from server.logs import configure_logging
 from server.settings import Settings, get_settings
 from server.worker.broker_watch import BrokerWatch
 
-__all__ = ["child_process_ids", "configure_worker_logging", "make_celery", "worker_arguments"]
+__all__ = ["STOP_SIGNAL", "child_process_ids", "configure_worker_logging", "make_celery", "worker_arguments"]
+
+STOP_SIGNAL = signal.SIGUSR2
+"""Sent by the worker to its sampling processes when it begins to stop."""
 
 
 def make_celery(settings: Settings) -> Celery:

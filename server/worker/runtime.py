@@ -38,6 +38,7 @@ from server.settings import Settings
 from server.sources.repository import SourceRepository
 from server.storage import ArtifactStore
 from server.worker.batch_limits import BatchLimits, best_size
+from server.worker.celery_app import STOP_SIGNAL
 from server.worker.dataset_clips import DatasetClips
 from server.worker.encoders import EncoderProcesses, Encoders, LocalEncoders, encoder_count
 from server.worker.encoding import warm_up_encoder
@@ -47,10 +48,7 @@ from server.worker.storage_watch import StorageWatch
 if TYPE_CHECKING:
     from medsora.pipeline import VideoPipeline
 
-__all__ = ["STOP_SIGNAL", "WorkerRuntime"]
-
-STOP_SIGNAL = signal.SIGUSR2
-"""Sent by the worker to its sampling processes when it begins to stop."""
+__all__ = ["WorkerRuntime"]
 
 logger = logging.getLogger(__name__)
 _SIZES = {"cpu": (1, 2, 4, 8), "cuda": (1, 4, 16, 64)}

@@ -1,4 +1,7 @@
-"""The Celery task and the life of a sampling process. No logic of its own."""
+"""The Celery task and the life of a sampling process. No logic of its own.
+
+The parent process samples nothing, so what that needs is loaded by the sampling processes alone.
+"""
 
 import logging
 import os
@@ -6,7 +9,7 @@ import signal
 import threading
 import time
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery import shared_task
 from celery.signals import (
@@ -20,14 +23,16 @@ from celery.signals import (
 from server.jobs.queue import TASK_NAME
 from server.settings import get_settings
 from server.tracing import start_tracing, stop_tracing
-from server.worker.celery_app import child_process_ids, configure_worker_logging
-from server.worker.runtime import STOP_SIGNAL, WorkerRuntime
+from server.worker.celery_app import STOP_SIGNAL, child_process_ids, configure_worker_logging
+
+if TYPE_CHECKING:
+    from server.worker.runtime import WorkerRuntime
 
 __all__ = ["generate_video"]
 
 logger = logging.getLogger(__name__)
 _TELL_AGAIN_S = 0.2
-_runtime: WorkerRuntime | None = None  # of this process; set before it gets its first task
+_runtime: "WorkerRuntime | None" = None  # of this process; set before it gets its first task
 _worker: Any = None  # Celery's worker object, in the parent process only
 
 
@@ -42,7 +47,9 @@ def _generate_video(job_id: str) -> None:
 generate_video = shared_task(name=TASK_NAME)(_generate_video)
 
 
-def _get_runtime() -> WorkerRuntime:
+def _get_runtime() -> "WorkerRuntime":
+    from server.worker.runtime import WorkerRuntime
+
     global _runtime
     if _runtime is None:
         _runtime = WorkerRuntime(get_settings())

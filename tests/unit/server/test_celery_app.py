@@ -1,5 +1,8 @@
 """Celery's settings, each of which guards against a measured loss; and the names on the wire."""
 
+import subprocess
+import sys
+
 from server.jobs.queue import QUEUE_NAME, TASK_NAME, VISIBILITY_TIMEOUT_S
 from server.settings import Settings
 from server.worker.celery_app import make_celery, worker_arguments
@@ -69,3 +72,8 @@ def test_names_on_the_wire() -> None:
     assert TASK_NAME in app.tasks
     assert QUEUE_NAME == "medsora.generate"
     assert app.conf.task_default_queue == QUEUE_NAME
+
+
+def test_the_parent_of_the_sampling_processes_loads_nothing_that_samples_or_encodes() -> None:
+    code = "import sys, server.worker.tasks; sys.exit(bool({'torch', 'numpy', 'av', 'PIL'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

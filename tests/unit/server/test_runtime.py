@@ -19,7 +19,8 @@ from server.jobs.database import Database
 from server.jobs.workers import WorkerRecord, WorkerRegistry
 from server.settings import Settings
 from server.worker import runtime
-from server.worker.runtime import STOP_SIGNAL, WorkerRuntime
+from server.worker.celery_app import STOP_SIGNAL
+from server.worker.runtime import WorkerRuntime
 
 
 @pytest.fixture(autouse=True)
