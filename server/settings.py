@@ -212,7 +212,8 @@ class Settings(BaseSettings):
         ge=0.0,
         le=10.0,
         description="Least seconds between two writes of progress, which also ask whether the job was cancelled; "
-        "more, at most 1, where a write takes more than a tenth of that. Steps that take longer are each written.",
+        "more where a write takes more than a tenth of that, up to 1 or the heartbeat. Steps that take longer are each "
+        "written.",
     )
     reaper_interval_s: float = Field(5.0, gt=0.0, le=300.0, description="Seconds between two sweeps of the reaper.")
     publish_grace_s: float = Field(

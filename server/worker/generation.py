@@ -2,7 +2,8 @@
 
 Whatever happens, a job is settled here or in ``finishing.py``, unless the process dies or the database cannot be
 reached: then the lease runs out and the reaper settles it. A job that a worker was lost with is claimed alone the next
-time (``server/jobs/sharing.py``), so that one that kills its process does so three times, and its neighbours once.
+time (``server/jobs/sharing.py``), so that one that kills its process does so three times, and its neighbours once. They
+are those of its batch, and of the batches before and after it, which the process has in hand, too.
 """
 
 import logging
@@ -55,14 +56,14 @@ def run_jobs(runtime: WorkerRuntime) -> int:
         ) as keeper,
         Finisher(runtime, keeper) as finisher,
         NextBatch(
-            claim=lambda: _claim(runtime),
-            keep=keeper.keep,
+            claim=lambda: _claim(runtime, keeper),
+            claim_ahead=lambda: _claim_ahead(runtime, keeper),
             hand_back=lambda claims: _hand_back(runtime, keeper, claims),
             until=until,
         ) as next_batch,
     ):
         while not runtime.stopping.is_set():
-            if time.monotonic() >= until:
+            if time.monotonic() >= until and not next_batch.is_looked_for:
                 more = True
                 break
             if runtime.storage.is_suspect:
@@ -86,12 +87,24 @@ def run_jobs(runtime: WorkerRuntime) -> int:
     return taken
 
 
-def _claim(runtime: WorkerRuntime) -> list[Claim]:
+def _claim_ahead(runtime: WorkerRuntime, keeper: ClaimKeeper) -> list[Claim]:
+    """As :func:`_claim`, beside a batch that is sampled: none that may end this process, nor any in doubt."""
+    if runtime.stopping.is_set() or runtime.storage.is_suspect:
+        return []
+    claims = _claim(runtime, keeper)
+    if claims and _is_suspect(claims[0]):
+        _hand_back(runtime, keeper, claims)
+        return []
+    return claims
+
+
+def _claim(runtime: WorkerRuntime, keeper: ClaimKeeper) -> list[Claim]:
     """The jobs to be sampled next, together; where several came lately, a short wait for more of their kind."""
     settings = runtime.settings
     claims = runtime.repository.claim_next(worker=runtime.worker_id, most=lambda job: _limit(runtime, job))
     if not claims:
         return []
+    keeper.keep(claims)
     first = claims[0].job
     room = _limit(runtime, first) - len(claims)
     is_alone = first.deterministic or first.source_id is not None or _is_suspect(claims[0])
@@ -101,7 +114,13 @@ def _claim(runtime: WorkerRuntime) -> list[Claim]:
         runtime.busy_at = now
     if room > 0 and not is_alone and is_busy and settings.batch_wait_ms > 0:
         runtime.stopping.wait(settings.batch_wait_ms / 1000)
-        claims += runtime.repository.claim_alike(first, worker=runtime.worker_id, most=room)
+        try:
+            late = runtime.repository.claim_alike(first, worker=runtime.worker_id, most=room)
+        except SQLAlchemyError as error:
+            logger.warning("a batch goes without those that came late: %s", error)
+        else:
+            keeper.keep(late)
+            claims += late
     return claims
 
 

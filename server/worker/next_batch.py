@@ -1,15 +1,19 @@
 """The jobs of the next batch, claimed while the present one is sampled: the GPU is not to wait for the job table."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from server.jobs.repository import Claim
 
 __all__ = ["NextBatch"]
 
+logger = logging.getLogger(__name__)
 _AHEAD_S = 1.0
 """Not sooner before the present batch is over: until then other workers and more urgent jobs may come."""
 
@@ -18,8 +22,8 @@ class NextBatch:
     """Context manager around a worker's batches; leaving it gives back what was claimed and not taken.
 
     Args:
-        claim: Claims the jobs of a batch.
-        keep: Begins to renew their leases.
+        claim: Claims the jobs of a batch, and begins to renew their leases.
+        claim_ahead: The same beside a batch that is sampled; called by a thread of this object.
         hand_back: Lets other workers have them.
         until: On the steady clock: nothing is claimed for batches that would begin later.
     """
@@ -28,11 +32,11 @@ class NextBatch:
         self,
         *,
         claim: Callable[[], list[Claim]],
-        keep: Callable[[list[Claim]], None],
+        claim_ahead: Callable[[], list[Claim]],
         hand_back: Callable[[list[Claim]], None],
         until: float,
     ) -> None:
-        self._claim_jobs, self._keep, self._hand_back = claim, keep, hand_back
+        self._claim, self._claim_ahead, self._hand_back = claim, claim_ahead, hand_back
         self._until = until
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="claim")
         self._looking: Future[list[Claim]] | None = None
@@ -49,6 +53,11 @@ class NextBatch:
             self.give_back()
         finally:
             self._thread.shutdown()
+
+    @property
+    def is_looked_for(self) -> bool:
+        """Whether its jobs are claimed, or about to be."""
+        return self._looking is not None
 
     def look_before(self, seconds: float | None) -> None:
         """Claim in the background, at most a second before so many seconds are over; None: nobody knows, so do not."""
@@ -70,14 +79,16 @@ class NextBatch:
         """Claim no more, and let others have what was claimed."""
         looking, self._looking, self._is_over = self._looking, None, True
         self._is_time.set()
-        if looking is not None and looking.exception() is None and looking.result():
-            self._hand_back(looking.result())
+        if looking is None:
+            return
+        try:
+            claims = looking.result()
+        except SQLAlchemyError as error:
+            logger.warning("nothing is known of jobs that were to be claimed: %s", error)
+        else:
+            if claims:
+                self._hand_back(claims)
 
     def _look(self, pause_s: float) -> list[Claim]:
         self._is_time.wait(pause_s)
-        return [] if self._is_over else self._claim()
-
-    def _claim(self) -> list[Claim]:
-        claims = self._claim_jobs()
-        self._keep(claims)
-        return claims
+        return [] if self._is_over else self._claim_ahead()

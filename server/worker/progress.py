@@ -16,10 +16,10 @@ __all__ = ["ClaimKeeper", "ClaimLost", "JobCanceled", "WorkerStopping"]
 
 logger = logging.getLogger(__name__)
 _ANNOUNCE_EVERY_S = 0.2
-_REST_FOR_WORK = 9.0
-"""Seconds without a renewal because of progress for each that the last one took. Those of many jobs take long, and the
-sampler shares its interpreter with them."""
-_MOST_REST_S = 1.0
+_PAUSE_FOR_WORK = 10.0
+"""Seconds from one renewal because of progress to the next for each that the last one took. Those of many jobs take
+long, and the sampler shares its interpreter with them."""
+_MOST_PAUSE_S = 1.0
 """So that a cancellation is heard soon, however slow the database is."""
 
 
@@ -55,8 +55,8 @@ class ClaimKeeper:
     Args:
         lease_s: Seconds that a claim lasts without renewal.
         heartbeat_s: Seconds between renewals.
-        progress_interval_s: Least seconds between two renewals because of progress; a tenth of the time at most goes
-            into them.
+        progress_interval_s: Least seconds between two renewals because of progress. A tenth of the time at most goes
+            into them, unless one takes more than a tenth of a second.
         giving_up: Set when this worker is to stop at once.
     """
 
@@ -102,7 +102,8 @@ class ClaimKeeper:
         """Renew these no more: they are settled, or somebody else's."""
         with self._changed:
             for claim in claims:
-                self._kept.pop(claim.job.id, None)
+                if self._find(claim) is not None:
+                    del self._kept[claim.job.id]
 
     def on_step(self, claims: Sequence[Claim], steps_done: int) -> None:
         """Note the progress of jobs that are sampled together; it is written soon.
@@ -113,8 +114,9 @@ class ClaimKeeper:
         """
         with self._changed:
             for claim in claims:
-                if claim.job.id in self._kept:
-                    self._kept[claim.job.id].steps_done = steps_done
+                kept = self._find(claim)
+                if kept is not None:
+                    kept.steps_done = steps_done
             self._has_progress = True
             self._changed.notify()
         self.raise_if_giving_up()
@@ -141,12 +143,17 @@ class ClaimKeeper:
 
     def end_of(self, claim: Claim) -> JobCanceled | ClaimLost | None:
         """Why a job is not to go on, as far as is known; None: it is."""
-        kept = self._kept.get(claim.job.id)
+        kept = self._find(claim)
         if kept is None or kept.is_lost:
             return ClaimLost(f"the claim on {claim.job.id} is lost")
         if kept.is_canceled:
             return JobCanceled(f"{claim.job.id} was cancelled")
         return None
+
+    def _find(self, claim: Claim) -> _Kept | None:
+        """What is known of a claim. Of a job that was handed back, this worker may have a newer one by now."""
+        kept = self._kept.get(claim.job.id)
+        return kept if kept is not None and kept.claim.token == claim.token else None
 
     def renew(self) -> None:
         """Ask the database now whether the jobs are still ours and wanted, and write their progress."""
@@ -190,4 +197,5 @@ class ClaimKeeper:
                 renewed_at = time.monotonic()
                 self.renew()
                 took_s = time.monotonic() - renewed_at
-                pause_s = max(self._progress_interval_s, min(_MOST_REST_S, (1 + _REST_FOR_WORK) * took_s))
+                longest_s = min(_MOST_PAUSE_S, self._heartbeat_s)
+                pause_s = max(self._progress_interval_s, min(longest_s, _PAUSE_FOR_WORK * took_s))

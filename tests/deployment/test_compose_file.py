@@ -71,7 +71,7 @@ def test_no_secret_is_in_the_file_and_each_is_a_file() -> None:
 
 
 def test_every_process_has_a_health_check() -> None:
-    checked = set(re.findall(r"^FROM runtime AS (\S+)", _text("docker/Dockerfile"), re.MULTILINE))
+    checked = set(re.findall(r"^FROM runtime(?:-cuda)? AS (?!runtime)(\S+)", _text("docker/Dockerfile"), re.MULTILINE))
     assert _text("docker/Dockerfile").count("HEALTHCHECK") == len(checked)
     for name, service in SERVICES.items():
         own = "build" in service and name not in ("training", "tensorboard")

@@ -622,58 +622,139 @@ def test_no_more_than_two_batches_of_clips_are_held(
         assert events[:place].count("stored") >= 4 * (number - 1)
 
 
+def wait_for_status(bench: Bench, job_ids: list[str], status: str) -> None:
+    deadline = time.monotonic() + 20
+    while set(status_of(bench, job_ids)) != {status}:
+        assert time.monotonic() < deadline, status_of(bench, job_ids)
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next batch is claimed as soon as one begins, however long its like took."""
+    monkeypatch.setattr("server.worker.next_batch._AHEAD_S", math.inf)
+
+
+@pytest.mark.usefixtures("at_once")
 def test_the_next_batch_is_claimed_while_a_full_one_of_known_length_is_sampled(bench: Bench, add_job: AddJob) -> None:
     ids = [add_job(seed=seed) for seed in range(12)]
-    running: list[list[int]] = []
+    others: list[list[str]] = []
 
     def at_step(step: int) -> None:
         if step == 4:
-            time.sleep(0.3)  # time enough to claim
-            running.append([seed for seed, status in enumerate(status_of(bench, ids)) if status == "running"])
+            if len(bench.model.batches) == 2:
+                wait_for_status(bench, ids[8:], "running")
+            others.append(status_of(bench, ids[4 * len(bench.model.batches) :]))
 
     bench.model.at_step = at_step
     assert run_jobs(bench.runtime) == 12
-    assert running[0] == [0, 1, 2, 3], "nobody knew how long it would take"
-    assert set(running[1]) >= {4, 5, 6, 7, 8, 9, 10, 11}
+    assert others == [["queued"] * 8, ["running"] * 4, []], "nobody knew how long the first one would take"
     assert bench.model.batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     assert status_of(bench, ids) == ["succeeded"] * 12
     assert attempts_of(bench, ids) == [1] * 12
 
 
+@pytest.mark.usefixtures("at_once")
 def test_what_was_claimed_ahead_is_handed_back_at_a_stop(bench: Bench, add_job: AddJob) -> None:
     ids = [add_job(seed=seed) for seed in range(12)]
 
     def at_batch(requests: list[GenerationRequest]) -> None:
         if len(bench.model.batches) == 2:
-            time.sleep(0.3)  # time enough to claim
+            wait_for_status(bench, ids[8:], "running")
             bench.stopping.set()
 
     bench.model.at_batch = at_batch
     assert run_jobs(bench.runtime) == 8
     assert bench.model.batches == [[0, 1, 2, 3], [4, 5, 6, 7]]
     jobs = [bench.repository.get(job_id) for job_id in ids]
-    assert [job.handed_back for job in jobs if job is not None] == [0] * 4 + [1] * 8, "those ahead were not claimed"
+    assert [job.handed_back for job in jobs if job is not None] == [0] * 4 + [1] * 8
     assert status_of(bench, ids) == ["succeeded"] * 4 + ["queued"] * 8
     assert attempts_of(bench, ids) == [1] * 4 + [0] * 8
 
 
+@pytest.mark.usefixtures("at_once")
 def test_nothing_is_claimed_ahead_beside_a_batch_that_is_not_full(bench: Bench, add_job: AddJob) -> None:
     for seed in range(3):
         add_job(seed=seed)
     run_jobs(bench.runtime)
     late: list[str] = []
+    found: list[str] = []
 
     def at_batch(requests: list[GenerationRequest]) -> None:
-        if len(bench.model.batches) == 2:
+        if not late:
             late.append(add_job(seed=9))
-            time.sleep(0.2)
-            assert status_of(bench, late) == ["queued"]
+            time.sleep(0.3)
+            found.extend(status_of(bench, late))
 
     bench.model.at_batch = at_batch
     for seed in range(3):
         add_job(seed=seed)
     run_jobs(bench.runtime)
+    assert found == ["queued"]
     assert status_of(bench, late) == ["succeeded"]
+
+
+def test_nothing_is_claimed_ahead_by_a_worker_that_stops(
+    bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.worker.next_batch._AHEAD_S", 0.1)
+    bench.runtime.giving_up = threading.Event()  # what is begun is finished
+
+    def at_batch(requests: list[GenerationRequest]) -> None:
+        if len(bench.model.batches) == 2:
+            bench.stopping.set()
+        time.sleep(0.5)
+
+    bench.model.at_batch = at_batch
+    ids = [add_job(seed=seed) for seed in range(12)]
+    assert run_jobs(bench.runtime) == 8
+    assert status_of(bench, ids) == ["succeeded"] * 8 + ["queued"] * 4
+    jobs = [bench.repository.get(job_id) for job_id in ids]
+    assert [job.handed_back for job in jobs if job is not None] == [0] * 12
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_job_that_a_worker_was_lost_with_is_not_claimed_ahead(
+    bench: Bench, add_job: AddJob, expire_lease: Callable[[str], None]
+) -> None:
+    suspect = add_job(seed=666)
+    bench.repository.claim_next(worker="lost", most=lambda job: 1)
+    ids = [add_job(seed=seed) for seed in range(12)]
+    attempts: list[int] = []
+
+    def at_batch(requests: list[GenerationRequest]) -> None:
+        if len(bench.model.batches) == 2:
+            expire_lease(suspect)
+            time.sleep(0.5)
+        job = bench.repository.get(suspect)
+        assert job is not None
+        attempts.append(job.attempt - job.handed_back)
+
+    bench.model.at_batch = at_batch
+    run_jobs(bench.runtime)
+    assert [666] in bench.model.batches, "it was sampled together with others"
+    assert attempts[:2] == [1, 1], "it was in the process beside a batch"
+    assert status_of(bench, [suspect, *ids]) == ["succeeded"] * 13
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_batch_that_is_claimed_is_made_though_the_turn_is_over(
+    bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.worker.generation._publish_hint", lambda *args: None)
+    ids = [add_job(seed=seed) for seed in range(16)]
+
+    def at_batch(requests: list[GenerationRequest]) -> None:
+        if len(bench.model.batches) == 2:
+            wait_for_status(bench, ids[8:12], "running")
+            time.sleep(max(0.0, until - time.monotonic()))
+
+    bench.model.at_batch = at_batch
+    monkeypatch.setattr(type(bench.runtime.settings), "turn_s", 2.0)
+    until = time.monotonic() + 2.1
+    assert run_jobs(bench.runtime) == 12
+    jobs = [bench.repository.get(job_id) for job_id in ids]
+    assert [job.handed_back for job in jobs if job is not None] == [0] * 16
 
 
 def test_batches_are_counted(bench: Bench, add_job: AddJob, database: Database) -> None:

@@ -16,17 +16,21 @@ class Table:
 
     def __init__(self) -> None:
         self.claimed: list[list[Any]] = []
-        self.kept: list[list[Any]] = []
+        self.claimed_ahead: list[list[Any]] = []
         self.given_back: list[list[Any]] = []
         self.error: Exception | None = None
         self.has_looked = threading.Event()
 
     def claim(self) -> list[Any]:
-        self.has_looked.set()
         if self.error is not None:
             raise self.error
         self.claimed.append([len(self.claimed)])
         return self.claimed[-1]
+
+    def claim_ahead(self) -> list[Any]:
+        self.has_looked.set()
+        self.claimed_ahead.append(self.claim())
+        return self.claimed_ahead[-1]
 
 
 @pytest.fixture
@@ -35,25 +39,27 @@ def table() -> Table:
 
 
 def following(table: Table, *, until: float = 1e12) -> NextBatch:
-    return NextBatch(claim=table.claim, keep=table.kept.append, hand_back=table.given_back.append, until=until)
+    return NextBatch(claim=table.claim, claim_ahead=table.claim_ahead, hand_back=table.given_back.append, until=until)
 
 
 def test_without_a_look_the_jobs_are_claimed_when_they_are_taken(table: Table) -> None:
     with following(table) as batch:
         batch.look_before(None)
         assert not table.has_looked.wait(0.1)
+        assert not batch.is_looked_for
         assert batch.take() == [0]
-    assert table.kept == [[0]]
-    assert table.given_back == []
+    assert table.claimed_ahead == table.given_back == []
 
 
-def test_they_are_claimed_and_kept_ahead(table: Table) -> None:
+def test_they_are_claimed_ahead(table: Table) -> None:
     with following(table) as batch:
         batch.look_before(0.5)
         assert table.has_looked.wait(5)
+        assert batch.is_looked_for
         assert batch.take() == [0]
+        assert not batch.is_looked_for
         assert batch.take() == [1]
-    assert table.kept == [[0], [1]]
+    assert table.claimed_ahead == [[0]]
     assert table.given_back == []
 
 

@@ -96,7 +96,7 @@ def test_the_longer_a_write_takes_the_longer_is_the_rest(
             time.sleep(0.005)
         wait_until(lambda: len(began) > 1)
     rests = [later - earlier for earlier, later in itertools.pairwise(began)]
-    assert all(min(1.0, 10 * write_s) <= rest for rest in rests)
+    assert all(min(1.0, 10 * write_s) - 0.05 <= rest for rest in rests)  # what takes a thread a moment is no rest
     assert 2 <= len(began) <= most
 
 
@@ -180,3 +180,43 @@ def test_outage_of_the_database_is_borne_for_one_lease(
         keeper.renew()
         with pytest.raises(ClaimLost):
             keeper.on_step(claims, 3)
+
+
+def test_a_newer_claim_on_the_same_job_is_another_one(
+    repository: JobRepository, claims: list[Claim], add_job: AddJob
+) -> None:
+    """This worker hands a job back, claims it again, and only then is done with the first claim."""
+    with keep(repository, claims) as keeper:
+        first = claims[0]
+        repository.hand_back_all([(first.job.id, first.token)])
+        (second,) = repository.claim_next(worker="w", most=lambda job: 1)
+        assert (second.job.id, second.token) == (first.job.id, first.token + 1)
+        keeper.keep([second])
+        keeper.let_go([first])
+        assert isinstance(keeper.end_of(first), ClaimLost)
+        keeper.on_step([second], 3)
+        keeper.renew()
+        assert keeper.end_of(second) is None
+        job = repository.get(second.job.id)
+        assert job is not None
+        assert job.steps_done == 3
+
+
+def test_progress_is_renewed_at_every_heartbeat_at_least(
+    repository: JobRepository, claims: list[Claim], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began: list[float] = []
+    renew_all = repository.renew_all
+
+    def slow(progress: Any, **options: Any) -> dict[str, bool]:
+        began.append(time.monotonic())
+        time.sleep(0.15)
+        return renew_all(progress, **options)
+
+    monkeypatch.setattr(repository, "renew_all", slow)
+    with keep(repository, claims, heartbeat_s=0.2) as keeper:
+        until = time.monotonic() + 1.5
+        while time.monotonic() < until:
+            keeper.on_step(claims, 1)
+            time.sleep(0.005)
+    assert len(began) >= 4
