@@ -70,7 +70,11 @@ def run_jobs(runtime: WorkerRuntime) -> int:
                 finisher.wait()
             if not runtime.storage.is_well():
                 break  # the reaper tells of waiting jobs again and again
-            claims = next_batch.take()
+            try:
+                claims = next_batch.take()
+            except SQLAlchemyError as error:
+                logger.warning("no job can be claimed now, and the reaper will tell of those that wait: %s", error)
+                break
             if not claims:
                 if finisher.wait():  # meanwhile more may have come, or come back
                     continue

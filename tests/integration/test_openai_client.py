@@ -211,7 +211,7 @@ def test_errors_are_readable(server: "RunningServer") -> None:
 
 
 def test_progress_moves_with_the_steps(server: "RunningServer") -> None:
-    job_id = server.submit(steps=60)
+    job_id = server.submit(steps=200)
     seen = set()
     while server.job(job_id).completed_at is None:
         video = server.http.get(f"/v1/videos/{job_id}").json()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -292,6 +293,18 @@ def test_job_is_left_to_the_reaper_while_its_table_cannot_be_written(
     bench.repository.sweep_expired()
     job = bench.run(job_id)
     assert (job.status, job.attempt) == (JobStatus.SUCCEEDED, 2)
+
+
+def test_a_turn_ends_quietly_while_no_job_can_be_claimed(
+    bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    job_id = add_job()
+    outage = OperationalError("select", None, Exception("gone"))
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.repository, "claim_next", MagicMock(side_effect=outage))
+        assert run_jobs(bench.runtime) == 0
+    assert "no job can be claimed now" in caplog.text
+    assert bench.run(job_id).status is JobStatus.SUCCEEDED
 
 
 def test_stopping_worker_hands_the_job_back(bench: Bench, add_job: AddJob) -> None:
