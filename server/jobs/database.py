@@ -37,13 +37,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
-__all__ = [
-    "Database",
-    "DatabaseURLError",
-    "database_now",
-    "insert_if_absent",
-    "lock_rows",
-]
+__all__ = ["Database", "DatabaseURLError", "database_now", "insert_if_absent", "lock_rows"]
 
 BUSY_TIMEOUT_MS = 5000
 _TRIES_MS = (1, 2, 4, 8)

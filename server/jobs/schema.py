@@ -45,7 +45,7 @@ def migrate(database: Database) -> None:
     if database.is_sqlite:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)  # prompts are in it; SQLite gives its other files the same mode
-    if not (database.is_sqlite and path.stat().st_size == 0):
+    if not (database.is_sqlite and path.stat().st_size == 0):  # a new file has no schema
         with database.read() as connection:
             position, newest = schema_position(connection)
         if position == SchemaPosition(newest, is_newer=False):

@@ -226,18 +226,18 @@ def _make(
         return
     first = claims[0].job
     kind = (first.model, _shape(first), first.sampler, first.num_inference_steps, len(claims))
-    if len(claims) == _limit(runtime, first) > 1 and not _is_suspect(claims[0]):  # more wait, most likely
+    if len(claims) == _limit(runtime, first) > 1:  # more wait, most likely; what runs alone is never so many
         next_batch.look_before(runtime.batch_s.get(kind))
     began = time.monotonic()
     frames = pipeline(requests, on_step=on_step, preview=preview)
-    runtime.batch_s[kind] = time.monotonic() - began
+    sampling_s = runtime.batch_s[kind] = time.monotonic() - began
     finisher.submit(
         SampledBatch(
             checkpoint=checkpoint,
             claims=claims,
             requests=requests,
             frames=frames,
-            sampling_s=runtime.batch_s[kind],
+            sampling_s=sampling_s,
         )
     )
 

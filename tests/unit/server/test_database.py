@@ -9,13 +9,7 @@ from typing import Any
 
 import pytest
 from postgres_cluster import PostgresCluster
-from sqlalchemy import (
-    func,
-    insert,
-    literal,
-    select,
-    text,
-)
+from sqlalchemy import func, insert, literal, select, text
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from server.jobs.database import BUSY_TIMEOUT_MS, Database, database_now, insert_if_absent

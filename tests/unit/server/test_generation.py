@@ -21,6 +21,7 @@ from certificates import Authority
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from PIL import Image
 from sqlalchemy.exc import OperationalError
+from waiting import wait_until
 
 from medsora.errors import BackendError, CheckpointError, VideoError
 from medsora.files import sha256_of
@@ -636,10 +637,7 @@ def test_no_more_than_two_batches_of_clips_are_held(
 
 
 def wait_for_status(bench: Bench, job_ids: list[str], status: str) -> None:
-    deadline = time.monotonic() + 20
-    while set(status_of(bench, job_ids)) != {status}:
-        assert time.monotonic() < deadline, status_of(bench, job_ids)
-        time.sleep(0.01)
+    wait_until(lambda: set(status_of(bench, job_ids)) == {status}, timeout_s=20, what=f"jobs that are {status}")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy.exc import OperationalError
+from waiting import wait_until
 
 from medsora.errors import GenerationCanceled
 from server.jobs.repository import Claim, JobRepository
@@ -37,18 +38,28 @@ def steps_done(repository: JobRepository, claims: list[Claim]) -> list[int]:
     return [job.steps_done for job in jobs if job is not None]
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+def slow_renewals(repository: JobRepository, monkeypatch: pytest.MonkeyPatch, write_s: float) -> list[float]:
+    """Let each renewal take so long; returns when they began, which grows."""
+    began: list[float] = []
+    renew_all = repository.renew_all
+
+    def slow(progress: Any, **options: Any) -> dict[str, bool]:
+        began.append(time.monotonic())
+        time.sleep(write_s)
+        return renew_all(progress, **options)
+
+    monkeypatch.setattr(repository, "renew_all", slow)
+    return began
 
 
 def test_progress_of_all_is_written_soon(repository: JobRepository, claims: list[Claim]) -> None:
     with keep(repository, claims) as keeper:
         for step in range(1, 5):
             keeper.on_step(claims, step)
-            wait_until(lambda step=step: steps_done(repository, claims) == [step, step])  # type: ignore[misc]
+            wait_until(
+                lambda step=step: steps_done(repository, claims) == [step, step],  # type: ignore[misc]
+                timeout_s=10, what=f"step {step} of both", every_s=0.005,
+            )  # fmt: skip
 
 
 def test_quick_steps_are_not_all_written(
@@ -66,7 +77,7 @@ def test_quick_steps_are_not_all_written(
         for step in range(1, 51):
             keeper.on_step(claims, step)
             time.sleep(0.01)
-        wait_until(lambda: steps_done(repository, claims) == [50, 50])
+        wait_until(lambda: steps_done(repository, claims) == [50, 50], timeout_s=10, what="the last step of both")
     assert 2 <= len(written) <= 6
 
 
@@ -80,21 +91,13 @@ def test_quick_steps_are_not_all_written(
 def test_the_longer_a_write_takes_the_longer_is_the_rest(
     repository: JobRepository, claims: list[Claim], monkeypatch: pytest.MonkeyPatch, write_s: float, most: int
 ) -> None:
-    began: list[float] = []
-    renew_all = repository.renew_all
-
-    def slow(progress: Any, **options: Any) -> dict[str, bool]:
-        began.append(time.monotonic())
-        time.sleep(write_s)
-        return renew_all(progress, **options)
-
-    monkeypatch.setattr(repository, "renew_all", slow)
+    began = slow_renewals(repository, monkeypatch, write_s)
     with keep(repository, claims) as keeper:
         until = time.monotonic() + 1.1
         while time.monotonic() < until:
             keeper.on_step(claims, 1)
             time.sleep(0.005)
-        wait_until(lambda: len(began) > 1)
+        wait_until(lambda: len(began) > 1, timeout_s=10, what="a second renewal")
     rests = [later - earlier for earlier, later in itertools.pairwise(began)]
     assert all(min(1.0, 10 * write_s) - 0.05 <= rest for rest in rests)  # what takes a thread a moment is no rest
     assert 2 <= len(began) <= most
@@ -205,15 +208,7 @@ def test_a_newer_claim_on_the_same_job_is_another_one(
 def test_progress_is_renewed_at_every_heartbeat_at_least(
     repository: JobRepository, claims: list[Claim], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    began: list[float] = []
-    renew_all = repository.renew_all
-
-    def slow(progress: Any, **options: Any) -> dict[str, bool]:
-        began.append(time.monotonic())
-        time.sleep(0.15)
-        return renew_all(progress, **options)
-
-    monkeypatch.setattr(repository, "renew_all", slow)
+    began = slow_renewals(repository, monkeypatch, 0.15)
     with keep(repository, claims, heartbeat_s=0.2) as keeper:
         until = time.monotonic() + 1.5
         while time.monotonic() < until:

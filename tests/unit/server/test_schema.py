@@ -39,6 +39,17 @@ from server.jobs.workers import WorkerRegistry
 from server.measures import read_measures
 
 
+def alembic_config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    return config
+
+
+def alembic_versions() -> list[str]:
+    """Revisions of all scripts as Alembic finds them, the oldest first."""
+    return [script.revision for script in ScriptDirectory.from_config(alembic_config()).walk_revisions()][::-1]
+
+
 def test_migrations_make_exactly_the_tables(database: Database) -> None:
     with database.read() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
@@ -50,9 +61,7 @@ def test_rows_of_every_version_come_through_all_that_follow(empty_database_url: 
     database = Database(empty_database_url)
     if database.is_sqlite:
         Path(str(database.url.database)).parent.mkdir()
-    config = Config()
-    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
-    versions = [script.revision for script in ScriptDirectory.from_config(config).walk_revisions()][::-1]
+    config, versions = alembic_config(), alembic_versions()
     assert versions == [f"{number:04}" for number in range(1, len(versions) + 1)]
     written: dict[str, list[dict[str, Any]]] = {}
     for number, version in enumerate(versions, start=1):
@@ -103,8 +112,7 @@ def _row_of(table: Table, number: int) -> dict[str, Any]:
 
 
 def test_an_older_database_is_brought_up_to_date(database: Database) -> None:
-    config = Config()
-    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    config = alembic_config()
     with database.write() as connection:
         config.attributes["connection"] = connection
         command.downgrade(config, "0001")
@@ -124,8 +132,7 @@ def test_jobs_of_an_older_database_are_kept_without_stills(
     database: Database, repository: JobRepository, job_values: dict[str, Any]
 ) -> None:
     job = repository.add(job_values, max_queued=10)
-    config = Config()
-    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    config = alembic_config()
     with database.write() as connection:
         config.attributes["connection"] = connection
         command.downgrade(config, "0002")
@@ -151,8 +158,7 @@ def test_counters_of_an_older_database_go_on_from_what_they_told(
         repository.claim(job_id, worker="w")
         repository.hand_back(job_id, 1)
     repository.succeed(done, 2, finished_work(done, 2))
-    config = Config()
-    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    config = alembic_config()
     deleted = {"model": "tiny", "status": "succeeded", "jobs": 3, "frames": 48, "video_s": 6.0, "redelivered": 2}
     times = dict.fromkeys(("latency_s", "queue_s", "sampling_s", "encode_s", "store_s"), 1.0)
     with database.write() as connection:
@@ -190,17 +196,14 @@ def test_processes_may_migrate_at_the_same_time(empty_database_url: str) -> None
 
 
 def test_the_names_of_the_scripts_tell_their_revisions() -> None:
-    config = Config()
-    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
-    scripts = ScriptDirectory.from_config(config)
-    assert _known_revisions() == [script.revision for script in scripts.walk_revisions()][::-1]
+    assert _known_revisions() == alembic_versions()
 
 
 def test_who_finds_the_newest_schema_loads_no_alembic(tmp_path: Path) -> None:
     code = (
         "import sys, server.app, server.reaper, server.worker.runtime\n"
         "from server.jobs.database import Database\n"
-        "from server.jobs.schema import SchemaPosition, _known_revisions, migrate, schema_position\n"
+        "from server.jobs.schema import migrate\n"
         f"migrate(Database('sqlite:///{tmp_path}/jobs.db'))\n"
         "sys.exit('alembic' in sys.modules)\n"
     )
