@@ -3,6 +3,7 @@
     python benchmarks/batching.py [--checkpoint tiny] [--clients 64] [--batch N] [--clips 1024] [--steps N]
     python benchmarks/batching.py --checkpoint lung-ultrasound-small          # the figure of a GPU, where there is one
     python benchmarks/batching.py --checkpoint lung-ultrasound-small --sampler euler --steps 50
+    python benchmarks/batching.py --setting KEEP_LOSSLESS=false       # without the exact files, half of the encoding
 
 Starts the embedded server (medsora-server serve, with its own Redis) in a temporary folder. Clients, each a thread with
 a connection of its own, post requests and poll as the headers of the answers tell, each with a few outstanding; the
@@ -60,6 +61,7 @@ def main() -> None:
         result = {
             "checkpoint": read_manifest(checkpoint).name,
             "machine": describe_machine(before["device"]),
+            "settings": options.setting,
             "clients": options.clients,
             "outstanding": options.outstanding,
             "batch": before["batch"],
@@ -86,10 +88,15 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--sampler", help="default: the checkpoint's")
     parser.add_argument("--device", default="auto", help="default: a GPU when there is one")
     parser.add_argument("--threads", type=int, help="threads of torch, in the server as well as alone")
+    parser.add_argument(
+        "--setting", action="append", default=[], metavar="NAME=VALUE", help="of the server, e.g. KEEP_LOSSLESS=false"
+    )
     parser.add_argument("--json", type=Path, help="file for the figures (default: in benchmarks/results)")
     options = parser.parse_args()
     if min(options.clients, options.outstanding, options.clips) < 1:
         parser.error("numbers must be at least 1")
+    if not all("=" in setting for setting in options.setting):
+        parser.error("--setting wants NAME=VALUE")
     return options
 
 
@@ -191,6 +198,7 @@ def running_server(
         "MEDSORA_BATCH_SIZES": str(batch),
         "MEDSORA_MAX_QUEUED_JOBS": str(2 * options.clients * options.outstanding + 100),
         "MEDSORA_LOG_LEVEL": "warning",
+        **{f"MEDSORA_{name}": value for name, _, value in (setting.partition("=") for setting in options.setting)},
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     if options.threads is not None:
@@ -305,7 +313,8 @@ def print_result(result: dict[str, Any]) -> None:
     cpu = "\n".join(f"    {kind:30} {ms:8.2f}" for kind, ms in used.items())
     print(
         f"\n{result['checkpoint']}, {result['num_inference_steps']} steps, batch {result['batch']}, "
-        f"{result['clients']} clients with {result['outstanding']} requests each, {result['clips']} clips\n"
+        f"{result['clients']} clients with {result['outstanding']} requests each, {result['clips']} clips"
+        f"{''.join(', ' + setting for setting in result['settings'])}\n"
         f"{machine['device']}; {machine['processor']}, {machine['cores']} cores, torch {machine['torch']}\n"
         f"sampler alone, before and after    {result['raw_before']:8.2f} {result['raw_after']:8.2f} clips/s\n"
         f"server, while the queue is full    {result['clips_per_s']:8.2f} clips/s\n"
