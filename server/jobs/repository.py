@@ -19,7 +19,7 @@ from sqlalchemy import (
     BindParameter,
     ColumnElement,
     Connection,
-    Select,
+    Double,
     Update,
     and_,
     bindparam,
@@ -49,7 +49,7 @@ from server.jobs.model import (
     WorkerProcess,
     new_job_id,
 )
-from server.jobs.sharing import alone, charge, lock_alike, lock_first, places
+from server.jobs.sharing import CLAIMABLE, LOCKABLE, charge, lock_alike, lock_first, places
 from server.jobs.waiting import expected_wait_s
 from server.keys.limits import NO_LIMITS, Limits, Quota, count_usage, fitting
 from server.measures import Observation, add_observations
@@ -341,9 +341,9 @@ class JobRepository:
 
     def claim(self, job_id: str, *, worker: str) -> Claim | None:
         """Take a job that waits, or whose worker has let its lease run out; None when it is not to be had."""
-        query = _lockable().where(Job.id == job_id, or_(IS_QUEUED, _abandoned()), *self._claimable())
+        query = LOCKABLE.where(Job.id == job_id, or_(IS_QUEUED, _abandoned()), *CLAIMABLE)
         with self._database.write() as connection:
-            row = connection.execute(query).one_or_none()
+            row = connection.execute(query, self._tries).one_or_none()
             claims = [] if row is None else self._take(connection, [row], worker)
         return claims[0] if claims else None
 
@@ -355,51 +355,36 @@ class JobRepository:
         Args:
             most: How many may be sampled together with a job, itself included.
         """
-        claimable = self._claimable()
-        looks = [
-            select(Job.seq).where(which, *claimable).order_by(Job.seq).limit(1) for which in (IS_QUEUED, _abandoned())
-        ]
         with self._database.read() as connection:  # nobody waits for this one, most often
-            if all(connection.scalar(query) is None for query in looks):
+            if all(connection.scalar(query, self._tries) is None for query in _LOOKS):
                 return []
-        lost = _lockable().where(_abandoned(), *claimable).order_by(Job.seq).limit(1)
         with self._database.write() as connection:
-            first = connection.execute(lost).one_or_none() or lock_first(connection, claimable)
+            first = connection.execute(_LOCK_LOST, self._tries).one_or_none()
+            first = first or lock_first(connection, **self._tries)
             if first is None:
                 return []
             rows, limit = [first], 1 if first.runs_alone else most(_locked_record(first))
             if limit > 1:
-                rows += lock_alike(connection, claimable, _alike(first), limit=limit - 1, first=first)
+                rows += lock_alike(connection, _alike(first), limit=limit - 1, first=first, **self._tries)
             return self._take(connection, rows, worker)
 
     def claim_alike(self, job: JobRecord, *, worker: str, most: int) -> list[Claim]:
         """Take up to ``most`` waiting jobs that can be sampled together with this one."""
         with self._database.write() as connection:
-            return self._take(connection, lock_alike(connection, self._claimable(), _alike(job), limit=most), worker)
+            return self._take(connection, lock_alike(connection, _alike(job), limit=most, **self._tries), worker)
 
-    def _claimable(self) -> tuple[ColumnElement[bool], ...]:
-        """What jobs that nobody works on must be, so that they can be claimed."""
-        return (Job.cancel_requested.is_(False), self._attempts_left())
+    @property
+    def _tries(self) -> dict[str, int]:
+        """Parameters of ``CLAIMABLE``."""
+        return {"max_attempts": self._max_attempts}
 
     def _take(self, connection: Connection, locked: Sequence[Any], worker: str) -> list[Claim]:
         """Claim jobs whose rows the transaction has locked."""
         if not locked:
             return []
         order = {row.seq: place for place, row in enumerate(locked)}
-        statement = (
-            update(_TABLE)
-            .where(Job.seq.in_(list(order)))
-            .values(
-                status=JobStatus.RUNNING.value,
-                attempt=Job.attempt + 1,
-                lease_until=database_now() + self._lease_s,
-                worker=worker,
-                steps_done=0,
-                started_at=database_now(),
-            )
-            .returning(*_TABLE.c)
-        )
-        rows = sorted(connection.execute(statement).all(), key=lambda row: order[row.seq])
+        values = {"seqs": list(order), "lease_s": self._lease_s, "by": worker}
+        rows = sorted(connection.execute(_CLAIM, values).all(), key=lambda row: order[row.seq])
         charge(connection, rows)
         measure_claimed(connection, rows)
         _tell(connection, rows)
@@ -751,9 +736,21 @@ def _abandoned() -> ColumnElement[bool]:
     return and_(Job.status == JobStatus.RUNNING, Job.lease_until < database_now())
 
 
-def _lockable() -> Select[Any]:
-    """A row that nobody else is at, locked, with ``runs_alone``."""
-    return select(*_TABLE.c, alone().label("runs_alone")).with_for_update(skip_locked=True)
+_LOOKS = [select(Job.seq).where(which, *CLAIMABLE).order_by(Job.seq).limit(1) for which in (IS_QUEUED, _abandoned())]
+_LOCK_LOST = LOCKABLE.where(_abandoned(), *CLAIMABLE).order_by(Job.seq).limit(1)
+_CLAIM = (
+    update(_TABLE)
+    .where(Job.seq.in_(bindparam("seqs", expanding=True)))
+    .values(
+        status=JobStatus.RUNNING.value,
+        attempt=Job.attempt + 1,
+        lease_until=database_now() + bindparam("lease_s", type_=Double),
+        worker=bindparam("by"),
+        steps_done=0,
+        started_at=database_now(),
+    )
+    .returning(*_TABLE.c)
+)
 
 
 _THESE_JOBS = select(Job.seq).where(Job.id.in_(bindparam("these", expanding=True))).order_by(Job.seq)

@@ -16,12 +16,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, case, func, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Double, Select, bindparam, case, func, or_, select, update
 
 from server.jobs.database import insert_if_absent
-from server.jobs.model import IS_QUEUED, Job, TenantShare
+from server.jobs.model import ALIKE, IS_QUEUED, Job, TenantShare
 
-__all__ = ["Candidate", "alone", "charge", "cost_of", "heads", "lock_alike", "lock_first", "places"]
+__all__ = ["CLAIMABLE", "LOCKABLE", "Candidate", "charge", "cost_of", "heads", "lock_alike", "lock_first", "places"]
 
 _TABLE: Any = Job.__table__
 _SHARE: Any = TenantShare.__table__
@@ -43,26 +43,23 @@ class Candidate:
     """Of its first job."""
 
 
+CLAIMABLE = (Job.cancel_requested.is_(False), Job.attempt - Job.handed_back < bindparam("max_attempts"))
+"""What jobs that nobody works on must be, so that they can be claimed; the parameter is for each execution to give."""
+_RUNS_ALONE = or_(Job.deterministic.is_(True), Job.source_id.is_not(None), Job.attempt > Job.handed_back)
+"""Jobs that share a batch with no other: that asked for it, are made from a source, or lost a worker before."""
+LOCKABLE = select(*_TABLE.c, _RUNS_ALONE.label("runs_alone")).with_for_update(skip_locked=True)
+"""Rows that nobody else is at, locked, with ``runs_alone``."""
+_IS_NEXT = (IS_QUEUED, *CLAIMABLE)
+_IS_ALIKE = (*_IS_NEXT, ~_RUNS_ALONE, *(_TABLE.c[column.key] == bindparam(f"like_{column.key}") for column in ALIKE))
+
+
 def cost_of(job: Any) -> float:
     """What a job costs its tenant: megapixels of all frames, times steps."""
     return 1e-6 * float(job.num_frames * job.width * job.height * job.num_inference_steps)
 
 
-def alone() -> ColumnElement[bool]:
-    """Jobs that share a batch with no other: that asked for it, are made from a source, or lost a worker before."""
-    return or_(Job.deterministic.is_(True), Job.source_id.is_not(None), Job.attempt > Job.handed_back)
-
-
-def heads(
-    connection: Connection, takeable: Sequence[ColumnElement[bool]], alike: Mapping[str, Any] | None = None
-) -> list[Candidate]:
-    """The tenants that have waiting jobs, whose turn it is first.
-
-    Args:
-        takeable: Conditions of jobs that may be claimed at all.
-        alike: Values of :data:`server.jobs.model.ALIKE`: only jobs that have them, and that do not run alone.
-    """
-    wanted = [IS_QUEUED, *takeable, *([] if alike is None else _like(alike))]
+def _heads(wanted: Sequence[ColumnElement[bool]]) -> Select[Any]:
+    """Of each tenant the job that comes first among the wanted ones."""
     # Tenants one after the other, each found by the index behind the one before.
     first = select(Job.tenant).where(IS_QUEUED).order_by(Job.tenant).limit(1).scalar_subquery()
     tenants = select(first.label("tenant")).cte("tenants", recursive=True)
@@ -72,57 +69,78 @@ def heads(
     )
     head = select(Job.seq).where(*wanted, Job.tenant == tenants.c.tenant).order_by(*_OWN_ORDER).limit(1)
     seqs = select(tenants.c.tenant, head.correlate(tenants).scalar_subquery().label("seq")).subquery()
-    query = (
+    return (
         select(seqs.c.tenant, Job.priority, Job.seq, func.coalesce(TenantShare.finish_tag, 0.0).label("finish"))
         .join(Job, Job.seq == seqs.c.seq)
         .join(TenantShare, TenantShare.tenant == seqs.c.tenant, isouter=True)
     )
-    now = float(connection.scalar(select(_NOW)) or 0.0)
-    found = [Candidate(row.tenant, max(now, row.finish), row.priority, row.seq) for row in connection.execute(query)]
+
+
+def _locked_in_order(wanted: Sequence[ColumnElement[bool]]) -> Select[Any]:
+    return LOCKABLE.where(*wanted, Job.tenant == bindparam("of")).order_by(*_OWN_ORDER).limit(bindparam("most"))
+
+
+# Put together once: with few jobs in the queue that costs more than running them.
+_VIRTUAL_TIME = select(_NOW)
+_HEADS, _HEADS_ALIKE = _heads(_IS_NEXT), _heads(_IS_ALIKE)
+_LOCK_NEXT = _locked_in_order(_IS_NEXT)
+_LOCK_ALIKE = _locked_in_order((*_IS_ALIKE, Job.seq.not_in(bindparam("taken", expanding=True))))
+
+
+def heads(connection: Connection, *, max_attempts: int, alike: Mapping[str, Any] | None = None) -> list[Candidate]:
+    """The tenants that have waiting jobs, whose turn it is first.
+
+    Args:
+        max_attempts: Of a job; one that has had so many is not claimed.
+        alike: Values of :data:`server.jobs.model.ALIKE`: only jobs that have them, and that do not run alone.
+    """
+    query, values = (_HEADS, {}) if alike is None else (_HEADS_ALIKE, _like(alike))
+    now = float(connection.scalar(_VIRTUAL_TIME) or 0.0)
+    rows = connection.execute(query, {**values, "max_attempts": max_attempts})
+    found = [Candidate(row.tenant, max(now, row.finish), row.priority, row.seq) for row in rows]
     return sorted(found, key=lambda one: (one.start, -one.priority, one.seq))
 
 
-def lock_first(connection: Connection, takeable: Sequence[ColumnElement[bool]]) -> Any | None:
+def lock_first(connection: Connection, *, max_attempts: int) -> Any | None:
     """The row of the job that is next, locked; None: there is none, or others are at all of them."""
-    for candidate in heads(connection, takeable):
-        rows = _lock(connection, candidate.tenant, [IS_QUEUED, *takeable], 1)
-        if rows:
-            return rows[0]
+    for candidate in heads(connection, max_attempts=max_attempts):
+        values = {"of": candidate.tenant, "most": 1, "max_attempts": max_attempts}
+        row = connection.execute(_LOCK_NEXT, values).one_or_none()
+        if row is not None:
+            return row
     return None
 
 
 def lock_alike(
-    connection: Connection,
-    takeable: Sequence[ColumnElement[bool]],
-    alike: Mapping[str, Any],
-    *,
-    limit: int,
-    first: Any | None = None,
+    connection: Connection, alike: Mapping[str, Any], *, max_attempts: int, limit: int, first: Any | None = None
 ) -> list[Any]:
     """Rows of the jobs that come next among those that are alike, locked, in their order.
 
     Args:
+        alike: As of :func:`heads`.
+        max_attempts: As of :func:`heads`.
         first: A row that is locked already and counts as its tenant's next one.
     """
-    taken: list[tuple[float, Any]] = []
-    start = {one.tenant: one.start for one in heads(connection, takeable, alike)}
+    found: list[tuple[float, Any]] = []
+    start = {one.tenant: one.start for one in heads(connection, max_attempts=max_attempts, alike=alike)}
     cost = 1e-6 * float(alike["num_frames"] * alike["width"] * alike["height"] * alike["num_inference_steps"])
+    taken: dict[str, list[int]] = {tenant: [] for tenant in start}
     if first is not None and first.tenant in start:
         start[first.tenant] += cost
-    wanted = [IS_QUEUED, *takeable, *_like(alike)]
-    if first is not None:
-        wanted.append(Job.seq != first.seq)
+        taken[first.tenant].append(first.seq)
+    values = {**_like(alike), "max_attempts": max_attempts}
     # All of them cost the same, so each round shares the places out, and those who had less than that leave the rest.
-    while start and len(taken) < limit:
-        for tenant, quota in _shares(start, cost, limit - len(taken)).items():
-            have = [row.seq for _, row in taken if row.tenant == tenant]
-            rows = _lock(connection, tenant, [*wanted, Job.seq.not_in(have)], quota)
+    while start and len(found) < limit:
+        for tenant, quota in _shares(start, cost, limit - len(found)).items():
+            about = {**values, "of": tenant, "most": quota, "taken": taken[tenant]}
+            rows = connection.execute(_LOCK_ALIKE, about).all()
             for row in rows:
-                taken.append((start[tenant], row))
+                found.append((start[tenant], row))
+                taken[tenant].append(row.seq)
                 start[tenant] += cost
             if len(rows) < quota:
                 del start[tenant]
-    return [row for _, row in sorted(taken, key=lambda one: (one[0], -one[1].priority, one[1].seq))]
+    return [row for _, row in sorted(found, key=lambda one: (one[0], -one[1].priority, one[1].seq))]
 
 
 def _shares(start: Mapping[str, float], cost: float, places: int) -> dict[str, int]:
@@ -135,14 +153,8 @@ def _shares(start: Mapping[str, float], cost: float, places: int) -> dict[str, i
     return {tenant: quota for tenant, quota in quotas.items() if quota}
 
 
-def _lock(connection: Connection, tenant: str, wanted: Sequence[ColumnElement[bool]], limit: int) -> list[Any]:
-    query = select(*_TABLE.c, alone().label("runs_alone")).where(*wanted, Job.tenant == tenant)
-    query = query.order_by(*_OWN_ORDER).limit(limit).with_for_update(skip_locked=True)
-    return list(connection.execute(query).all())
-
-
-def _like(alike: Mapping[str, Any]) -> list[ColumnElement[bool]]:
-    return [~alone(), *(_TABLE.c[name] == value for name, value in alike.items())]
+def _like(alike: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"like_{name}": value for name, value in alike.items()}
 
 
 def places(connection: Connection, waits: Sequence[ColumnElement[bool]], *, limit: int) -> list[str]:
@@ -169,11 +181,19 @@ def charge(connection: Connection, jobs: Collection[Any]) -> None:
     first = next(iter(costs), None)
     for tenant in sorted(costs):  # in one order: see lock_rows
         insert_if_absent(connection, _SHARE, {"tenant": tenant, "start_tag": 0.0, "finish_tag": 0.0})
-    now = float(connection.scalar(select(_NOW)) or 0.0)
+    now = float(connection.scalar(_VIRTUAL_TIME) or 0.0)
     for tenant, cost in sorted(costs.items()):
-        start = case((TenantShare.finish_tag > now, TenantShare.finish_tag), else_=now)
-        begun = start if tenant == first else now
-        statement = update(TenantShare).where(TenantShare.tenant == tenant)
-        # What another worker has charged meanwhile stands: virtual time never goes back.
-        later = case((TenantShare.start_tag > begun, TenantShare.start_tag), else_=begun)
-        connection.execute(statement.values(start_tag=later, finish_tag=start + cost))
+        connection.execute(_CHARGE_FIRST if tenant == first else _CHARGE, {"of": tenant, "now": now, "cost": cost})
+
+
+def _charging(*, is_first: bool) -> Any:
+    now: Any = bindparam("now", type_=Double)
+    start = case((TenantShare.finish_tag > now, TenantShare.finish_tag), else_=now)
+    begun = start if is_first else now
+    # What another worker has charged meanwhile stands: virtual time never goes back.
+    later = case((TenantShare.start_tag > begun, TenantShare.start_tag), else_=begun)
+    statement = update(TenantShare).where(TenantShare.tenant == bindparam("of"))
+    return statement.values(start_tag=later, finish_tag=start + bindparam("cost", type_=Double))
+
+
+_CHARGE, _CHARGE_FIRST = _charging(is_first=False), _charging(is_first=True)
