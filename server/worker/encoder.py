@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from medsora.threads import take_short_turns
 from server.datasets.files import DatasetFiles
 from server.datasets.repository import DatasetRepository
 from server.jobs.database import Database
@@ -54,6 +55,7 @@ def main(descriptors: list[int]) -> None:
     # The sampling process is told to stop, and tells us by closing our lanes, once it needs us no more.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    take_short_turns()
     settings = get_settings()
     configure_logging(settings.log_level, settings.log_format, part="worker")
     stores = _Stores(settings)

@@ -9,6 +9,8 @@ can be started, the sampling process encodes.
 import logging
 import os
 import queue
+import socket
+import struct
 import subprocess
 import threading
 import time
@@ -297,26 +299,28 @@ class _Lane:
         """Send a clip, and wait for what came of it.
 
         Args:
-            limit_s: After which the process is killed.
+            limit_s: Of silence, after which the process is killed.
 
         Raises:
             OSError, EOFError: The process has ended.
         """
         content = np.ascontiguousarray(frames).data.cast("B")
-        watchdog = threading.Timer(limit_s, self._give_up, (limit_s,))
-        watchdog.daemon = True
-        watchdog.start()
-        try:
+        with suppress(BlockingIOError):
+            self._limit_sending(limit_s)
             self._connection.send((order, frames.shape))
             self._connection.send_bytes(content)
-            answer: StoredClip | Exception = self._connection.recv()
-        finally:
-            watchdog.cancel()
-        return answer
-
-    def _give_up(self, limit_s: float) -> None:
+            if self._connection.poll(limit_s):
+                answer: StoredClip | Exception = self._connection.recv()
+                return answer
         logger.error("encoder process %d has not answered for %g s", self._process.pid, limit_s)
         self._process.kill()
+        raise TimeoutError(f"no answer for {limit_s:g} s")
+
+    def _limit_sending(self, limit_s: float) -> None:
+        """Let what is sent and not taken for so long raise BlockingIOError."""
+        seconds, rest = divmod(limit_s, 1.0)
+        with socket.socket(fileno=os.dup(self._connection.fileno())) as end:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(seconds), int(1e6 * rest)))
 
     def close(self) -> None:
         with suppress(OSError):

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -40,6 +41,9 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 _COMMIT_EVERY_S = 0.05
 """Clips of a batch that become ready within so short a time are committed together: a commit waits for the disk."""
+_MOST_BATCHES = 2
+_MOST_BYTES = 512 * 2**20
+"""Of frames, of all batches that are being finished, where it is more than one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +60,16 @@ class SampledBatch:
 
 
 class Finisher:
-    """Context manager that finishes one batch at a time; leaving it waits for that batch."""
+    """Context manager that finishes batches, two at a time at most; leaving it waits for them.
+
+    Two, so that encoders that have no clip of the first left to do begin with the second.
+    """
 
     def __init__(self, runtime: WorkerRuntime, keeper: ClaimKeeper) -> None:
         self._runtime, self._keeper = runtime, keeper
         self._encoders = ThreadPoolExecutor(runtime.encoders.lanes, thread_name_prefix="encode")
-        self._coordinator = ThreadPoolExecutor(1, thread_name_prefix="finish")
-        self._current: Future[None] | None = None
+        self._coordinators = ThreadPoolExecutor(_MOST_BATCHES, thread_name_prefix="finish")
+        self._unfinished: deque[tuple[Future[None], int]] = deque()  # oldest first, with the bytes of their frames
 
     def __enter__(self) -> "Finisher":
         return self
@@ -71,20 +78,30 @@ class Finisher:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.wait()
-        self._coordinator.shutdown()
+        self._coordinators.shutdown()
         self._encoders.shutdown()
 
     def submit(self, batch: SampledBatch) -> None:
-        """Finish a batch; returns at once where none is being finished, so that no more than two are held."""
-        self.wait()
-        self._current = self._coordinator.submit(self._finish, batch)
+        """Finish a batch; returns once no more than one other is being finished, or none where they are large."""
+        size = sum(frames.nbytes for frames in batch.frames)
+        while self._unfinished and not self._has_room(size):
+            self._wait_for_oldest()
+        self._unfinished.append((self._coordinators.submit(self._finish, batch), size))
 
     def wait(self) -> bool:
         """Wait until no batch is being finished; returns whether there was one."""
-        current, self._current = self._current, None
-        if current is not None:
-            current.result()
-        return current is not None
+        was_busy = bool(self._unfinished)
+        while self._unfinished:
+            self._wait_for_oldest()
+        return was_busy
+
+    def _has_room(self, size: int) -> bool:
+        held = sum(others for _, others in self._unfinished)
+        return len(self._unfinished) < _MOST_BATCHES and held + size <= _MOST_BYTES
+
+    def _wait_for_oldest(self) -> None:
+        future, _ = self._unfinished.popleft()
+        future.result()
 
     def _finish(self, batch: SampledBatch) -> None:
         self._count(batch.checkpoint.name, len(batch.claims))

@@ -3,7 +3,7 @@
 Whatever happens, a job is settled here or in ``finishing.py``, unless the process dies or the database cannot be
 reached: then the lease runs out and the reaper settles it. A job that a worker was lost with is claimed alone the next
 time (``server/jobs/sharing.py``), so that one that kills its process does so three times, and its neighbours once. They
-are those of its batch, and of the batches before and after it, which the process has in hand, too.
+are those of its batch, of the batches before and of the one after it, which the process has in hand, too.
 """
 
 import logging
@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 def run_jobs(runtime: WorkerRuntime) -> int:
     """Make videos of waiting jobs until none waits, this worker is to stop, or its turn is over; returns how many.
 
-    While a batch is sampled the one before is encoded and stored, so at most two batches of clips are held; and where
-    many wait, the jobs of the next one are claimed in its last second.
+    While a batch is sampled the two before are encoded and stored, so at most three batches of clips are held; and
+    where many wait, the jobs of the next one are claimed in its last second.
     """
     settings = runtime.settings
     until = time.monotonic() + settings.turn_s

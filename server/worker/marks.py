@@ -7,18 +7,19 @@ from PIL import Image
 
 from medsora.errors import VideoError
 from medsora.provenance import DIGITAL_SOURCE_TYPE, SYNTHETIC_NOTE
-from medsora.video_io import probe_video
+from medsora.video_io import VideoInfo, probe_video
 
 __all__ = ["check_mark"]
 
 _IMAGE_DESCRIPTION = 0x010E  # Exif
 
 
-def check_mark(path: Path) -> None:
+def check_mark(path: Path, info: VideoInfo | None = None) -> None:
     """Refuse a file that does not say, where everybody looks, that it is synthetic.
 
     Args:
         path: A video (MP4, Matroska), a picture (WebP, JPEG, PNG), a DICOM file or JSON.
+        info: What :func:`medsora.video_io.probe_video` tells of the video, where that has been asked.
 
     Raises:
         VideoError: It does not.
@@ -26,7 +27,7 @@ def check_mark(path: Path) -> None:
     if path.suffix == ".json":
         is_marked = _is_origin(path.read_text())
     elif path.suffix in (".mp4", ".mkv"):
-        is_marked = _is_origin(probe_video(path).metadata.get("comment", ""))
+        is_marked = _is_origin((info or probe_video(path)).metadata.get("comment", ""))
     elif path.suffix == ".png":
         with Image.open(path) as image:
             is_marked = _is_origin(str(image.info.get("Comment", "")))

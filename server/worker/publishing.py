@@ -57,13 +57,14 @@ def write_checked(
             sign_file(path, signer, title=f"Synthetic {variant.value} {job.id}")
 
     def check(variant: Variant, path: Path) -> None:
+        info = None
         if variant in (Variant.THUMBNAIL, Variant.SPRITESHEET):
             read_size(path)
         elif variant in (Variant.VIDEO, Variant.LOSSLESS):
             info = probe_video(path)
             if (info.num_frames, info.height, info.width) != (job.num_frames, job.height, job.width):
                 raise VideoError(f"the file holds {info.num_frames} frames of {info.width}x{info.height}")
-        check_mark(path)
+        check_mark(path, info)
         if signer is not None and variant in _SIGNED:
             check_signature(path)
 

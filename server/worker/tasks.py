@@ -20,6 +20,7 @@ from celery.signals import (
     worker_shutting_down,
 )
 
+from medsora.threads import take_short_turns
 from server.jobs.queue import TASK_NAME
 from server.settings import get_settings
 from server.tracing import start_tracing, stop_tracing
@@ -59,6 +60,7 @@ def _get_runtime() -> "WorkerRuntime":
 
 def _on_process_init(**_: Any) -> None:
     start_tracing("worker")
+    take_short_turns()
     try:
         _get_runtime()
     except Exception:

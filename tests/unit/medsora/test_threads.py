@@ -1,4 +1,4 @@
-"""How torch's CPU threads wait."""
+"""How threads wait."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from medsora.threads import let_idle_threads_sleep
+from medsora.threads import let_idle_threads_sleep, take_short_turns
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,12 @@ def test_openmp_takes_it_when_torch_is_imported_afterwards() -> None:
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=120
     ).stderr
     assert "GOMP_SPINCOUNT = '1000'" in shown
+
+
+def test_a_thread_that_calls_out_of_python_has_the_interpreter_back_soon() -> None:
+    before = sys.getswitchinterval()
+    try:
+        take_short_turns()
+        assert sys.getswitchinterval() <= 0.001
+    finally:
+        sys.setswitchinterval(before)

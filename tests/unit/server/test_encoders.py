@@ -148,13 +148,14 @@ def test_a_process_that_is_lost_is_replaced(workshop: Workshop) -> None:
     assert workshop.encoders.run(workshop.order(9), FRAMES).files
 
 
-def test_a_process_that_hangs_is_ended(workshop: Workshop) -> None:
+@pytest.mark.parametrize("side", [32, 512], ids=["and all is sent", "while it is sent more than a socket holds"])
+def test_a_process_that_hangs_is_ended(workshop: Workshop, side: int) -> None:
     encoders = EncoderProcesses(workshop.settings, 1, otherwise=workshop.here, clip_limit_s=0.5)
     encoders.wait_until_ready()
     hung = psutil.Process(served_by(encoders).pid)
     hung.suspend()
-    with pytest.raises(EncoderLostError):  # it hangs while it is sent more than a socket holds
-        encoders.run(workshop.order(20), np.zeros((16, 512, 512, 3), np.uint8))
+    with pytest.raises(EncoderLostError):
+        encoders.run(workshop.order(20), np.zeros((16, side, side, 3), np.uint8))
     assert not hung.is_running()
     encoders.close()
 

@@ -606,34 +606,36 @@ def test_turn_ends_and_says_that_there_is_more(bench: Bench, add_job: AddJob, mo
     assert status_of(bench, ids) == ["succeeded"] * 40
 
 
-def test_no_more_than_two_batches_of_clips_are_held(
-    bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("most_bytes", "stored_at_once"), [(2**29, 2), (1, 1)])
+def test_while_a_batch_is_sampled_two_are_stored_or_one_where_clips_are_large(
+    bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch, most_bytes: int, stored_at_once: int
 ) -> None:
     import server.worker.encoding as encoding
 
+    monkeypatch.setattr("server.worker.finishing._MOST_BYTES", most_bytes)
     events: list[str] = []
     write = encoding.write_mp4
 
-    second_begun = threading.Event()
+    next_begun = threading.Event()
 
     def slow_write(*args: Any, **options: Any) -> None:
-        assert second_begun.wait(20), "no overlap"
+        assert next_begun.wait(20), "no overlap"
         write(*args, **options)
         events.append("stored")
 
     def at_batch(requests: Any) -> None:
         events.append("sampling")
-        if events.count("sampling") == 2:
-            second_begun.set()
+        if events.count("sampling") == 1 + stored_at_once:
+            next_begun.set()
 
     monkeypatch.setattr(encoding, "write_mp4", slow_write)
     bench.model.at_batch = at_batch
-    for seed in range(16):
-        add_job(seed=seed)
+    ids = [add_job(seed=seed) for seed in range(20)]
     run_jobs(bench.runtime)
-    for number in range(2, 4):
+    assert status_of(bench, ids) == ["succeeded"] * 20
+    for number in range(1 + stored_at_once, 5):
         place = [index for index, event in enumerate(events) if event == "sampling"][number]
-        assert events[:place].count("stored") >= 4 * (number - 1)
+        assert events[:place].count("stored") >= 4 * (number - stored_at_once)
 
 
 def wait_for_status(bench: Bench, job_ids: list[str], status: str) -> None:
