@@ -211,7 +211,7 @@ def get_caller(request: Request, _: Annotated[HTTPAuthorizationCredentials | Non
 CallerDep = Annotated[Caller, Depends(get_caller)]
 
 
-def get_tenant(caller: CallerDep) -> str:
+async def get_tenant(caller: CallerDep) -> str:
     """Whose objects the caller sees."""
     return caller.tenant
 

@@ -1,4 +1,7 @@
-"""What endpoints are given: one :class:`Services` a process, made when the application starts."""
+"""What endpoints are given: one :class:`Services` a process, made when the application starts.
+
+What only looks something up is a coroutine: of plain functions FastAPI calls each in a thread of its pool.
+"""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -56,16 +59,18 @@ class Services:
     http_metrics: HttpMetrics
 
 
-def get_services(request: Request) -> Services:
+async def get_services(request: Request) -> Services:
     """The services of this process."""
     services: Services = request.app.state.services
     return services
 
 
-def get_job_service(request: Request) -> JobService:
-    """The rules of jobs."""
-    return get_services(request).jobs
-
-
 ServicesDep = Annotated[Services, Depends(get_services)]
+
+
+async def get_job_service(services: ServicesDep) -> JobService:
+    """The rules of jobs."""
+    return services.jobs
+
+
 JobServiceDep = Annotated[JobService, Depends(get_job_service)]

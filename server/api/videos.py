@@ -141,11 +141,11 @@ async def remix_video(video_id: str, request: Request, jobs: JobServiceDep, tena
 
 
 @router.get("/{video_id}", responses=error_responses(404, 503))
-def get_video(video_id: str, jobs: JobServiceDep, tenant: TenantDep, response: Response) -> VideoObject:
+async def get_video(video_id: str, jobs: JobServiceDep, tenant: TenantDep, response: Response) -> VideoObject:
     """How far a video is. One that failed is answered with 200 and status failed."""
-    job = jobs.get(tenant, video_id)
+    job, poll_after_ms = await run_in_threadpool(jobs.look, tenant, video_id)
     # OpenAI's client keeps the first value for all of its polling.
-    response.headers["openai-poll-after-ms"] = str(jobs.poll_after_ms(job))
+    response.headers["openai-poll-after-ms"] = str(poll_after_ms)
     return VideoObject.of(job)
 
 

@@ -207,6 +207,15 @@ class JobService:
             raise NotReadyError(f"The video {job_id} has no content: it is {job.status.value}.", code=code)
         return job
 
+    def look(self, tenant: str, job_id: str) -> tuple[JobRecord, int]:
+        """The job of that id, and the milliseconds after which it is worth asking again.
+
+        Raises:
+            NotFoundError: The tenant has none (any more).
+        """
+        job = self.get(tenant, job_id)
+        return job, self.poll_after_ms(job)
+
     def poll_after_ms(self, job: JobRecord) -> int:
         """Milliseconds after which it is worth asking for the job again: a tenth of what it may still take."""
         if job.status in TERMINAL:
