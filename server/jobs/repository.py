@@ -50,7 +50,7 @@ from server.jobs.model import (
     new_job_id,
 )
 from server.jobs.sharing import CLAIMABLE, LOCKABLE, charge, lock_alike, lock_first, places
-from server.jobs.waiting import expected_wait_s
+from server.jobs.waiting import Outlook, outlook
 from server.keys.limits import NO_LIMITS, Limits, Quota, count_usage, fitting
 from server.measures import Observation, add_observations
 
@@ -278,17 +278,10 @@ class JobRepository:
             rows = connection.execute(query.order_by(order).limit(limit + 1)).all()
         return [_record(row) for row in rows[:limit]], len(rows) > limit
 
-    def expected_wait_s(self, job: JobRecord) -> float | None:
-        """Rough seconds until an unfinished job is done, by the pace of the last jobs; None: no such job yet."""
+    def outlook(self, job: JobRecord) -> Outlook:
+        """How it stands with an unfinished job."""
         with self._database.read() as connection:
-            return expected_wait_s(
-                connection,
-                model=job.model,
-                priority=job.priority,
-                seq=job.seq,
-                steps_left=job.num_inference_steps - job.steps_done,
-                is_queued=job.status is JobStatus.QUEUED,
-            )
+            return outlook(connection, job)
 
     def want_previews(self, job_ids: Collection[str], tenants: Collection[str], *, for_s: float) -> None:
         """Let workers show previews of these unfinished jobs, and of all of these tenants, for a while."""

@@ -28,9 +28,9 @@ __all__ = ["MAX_PROMPT_CHARACTERS", "JobPage", "JobService", "VideoOrder"]
 MAX_PROMPT_CHARACTERS = 32_000
 _QUEUE_FULL_RETRY_MS = 2000
 _LEAST_POLL_MS, _DEFAULT_POLL_MS, _MOST_POLL_MS = 200, 1000, 5000
-_POLLS_AHEAD = 10
-"""How often a client asks for a job while it is made, if it is told well how long that takes: of the end it hears late
-by a tenth of it at most."""
+_PART_OF_LEFT, _PART_OF_AGE = 0.1, 0.1
+"""Of what a job may still take, and of what it has taken so far, a client lets so much pass before it asks again: so it
+hears of the end late by a tenth at most."""
 
 logger = logging.getLogger(__name__)
 
@@ -217,13 +217,14 @@ class JobService:
         return job, self.poll_after_ms(job)
 
     def poll_after_ms(self, job: JobRecord) -> int:
-        """Milliseconds after which it is worth asking for the job again: a tenth of what it may still take."""
+        """Milliseconds after which it is worth asking for the job again."""
         if job.status in TERMINAL:
             return _LEAST_POLL_MS
-        expected_s = self._repository.expected_wait_s(job)
-        if expected_s is None:
+        outlook = self._repository.outlook(job)
+        if outlook.left_s is None:
             return _DEFAULT_POLL_MS
-        return round(min(max(expected_s * 1000 / _POLLS_AHEAD, _LEAST_POLL_MS), _MOST_POLL_MS))
+        worth_ms = 1000 * max(_PART_OF_LEFT * outlook.left_s, _PART_OF_AGE * outlook.age_s)
+        return round(min(max(worth_ms, _LEAST_POLL_MS), _MOST_POLL_MS))
 
     def list(self, tenant: str, *, limit: int, after: str | None, newest_first: bool) -> JobPage:
         """A page of jobs behind the job ``after``.

@@ -1,14 +1,26 @@
 """How long an unfinished job may still take: asked at every poll, so in one query, and put together once."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, and_, bindparam, case, func, or_, select, true
 
+from server.jobs.database import database_now
 from server.jobs.model import Job, JobStatus
 
-__all__ = ["expected_wait_s"]
+__all__ = ["Outlook", "outlook"]
 
 _PACE_OF = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """What a client who waits for a job may be told."""
+
+    left_s: float | None
+    """Rough seconds until its clip is sampled, by the pace of the last jobs; None: no such job yet."""
+    age_s: float
+    """Seconds since it was asked for."""
 
 
 def _queries() -> tuple[Any, Any]:
@@ -38,26 +50,27 @@ def _queries() -> tuple[Any, Any]:
         .where(before)
         .subquery()
     )
-    return select(pace), select(pace, ahead).select_from(pace.join(ahead, true()))
+    now = database_now().label("now")
+    return select(pace, now), select(pace, ahead, now).select_from(pace.join(ahead, true()))
 
 
 _PACE, _PACE_AND_AHEAD = _queries()
 
 
-def expected_wait_s(
-    connection: Connection, *, model: str, priority: int, seq: int, steps_left: int, is_queued: bool
-) -> float | None:
-    """Rough seconds until an unfinished job is done, by the pace of the last jobs; None: no such job yet.
+def outlook(connection: Connection, job: Any) -> Outlook:
+    """How it stands with an unfinished job.
 
     Args:
-        steps_left: Of its sampling.
-        is_queued: Whether others have to be done before.
+        job: Its record; one that waits has others before it.
     """
-    if not is_queued:
-        pace = connection.execute(_PACE, {"model": model}).one()
-        return None if pace.step_s is None else float(pace.step_s) * steps_left
-    row = connection.execute(_PACE_AND_AHEAD, {"model": model, "priority": priority, "seq": seq}).one()
-    if row.step_s is None:
-        return None
-    # As many workers as are at it now will go on, each as many clips at a time as lately.
-    return float(row.step_s) * steps_left + float(row.clip_step_s) * float(row.steps) / max(1, int(row.workers))
+    if job.status is JobStatus.QUEUED:
+        row = connection.execute(_PACE_AND_AHEAD, {"model": job.model, "priority": job.priority, "seq": job.seq}).one()
+        # As many workers as are at it now will go on, each as many clips at a time as lately.
+        steps_before = float(row.steps) / max(1, int(row.workers))
+    else:
+        row = connection.execute(_PACE, {"model": job.model}).one()
+        steps_before = 0.0
+    left_s = None
+    if row.step_s is not None:
+        left_s = float(row.step_s) * (job.num_inference_steps - job.steps_done) + float(row.clip_step_s) * steps_before
+    return Outlook(left_s=left_s, age_s=max(0.0, float(row.now) - job.created_at))

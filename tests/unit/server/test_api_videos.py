@@ -12,11 +12,12 @@ import anyio
 import pytest
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
-from sqlalchemy import Connection, event
+from sqlalchemy import Connection, event, update
 
 from server.api.dependencies import Caller, Services, get_caller
 from server.app import create_app
 from server.errors import NotFoundError
+from server.jobs.model import Job
 from server.jobs.repository import FinishedWork
 from server.keys.model import ALL_SCOPES
 from server.settings import Settings
@@ -115,6 +116,18 @@ def test_poll_interval_is_told(client: TestClient) -> None:
     assert client.get(f"/v1/videos/{job_id}").headers["openai-poll-after-ms"] == "200"
     slow = create(client, num_inference_steps=1000)
     assert client.get(f"/v1/videos/{slow}").headers["openai-poll-after-ms"] == "5000"
+
+
+def test_who_has_waited_for_long_is_told_to_ask_less_often(client: TestClient) -> None:
+    """However little there is left to sample: it may be waiting to be stored."""
+    complete(client)
+    services, job_id = services_of(client), create(client)
+    assert services.repository.claim(job_id, worker="w") is not None
+    services.repository.renew(job_id, 1, steps_done=4)
+    assert client.get(f"/v1/videos/{job_id}").headers["openai-poll-after-ms"] == "200"
+    with services.database.write() as connection:
+        connection.execute(update(Job).where(Job.id == job_id).values(created_at=Job.created_at - 30.0))
+    assert 3000 <= int(client.get(f"/v1/videos/{job_id}").headers["openai-poll-after-ms"]) < 4000
 
 
 @pytest.mark.parametrize("method", ["GET", "DELETE"])

@@ -304,24 +304,24 @@ def test_live_jobs_are_counted_by_model_and_state(repository: JobRepository, add
     assert repository.count_live() == {("tiny", JobStatus.RUNNING): 1, ("other", JobStatus.QUEUED): 2}
 
 
-def test_expected_wait_follows_the_pace_of_finished_jobs(
+def test_outlook_follows_the_pace_of_finished_jobs(
     repository: JobRepository, add_job: AddJob, finished_work: Work
 ) -> None:
     done = add_job()
     first = fetch(repository, done)
-    assert repository.expected_wait_s(first) is None
+    assert repository.outlook(first).left_s is None
     repository.claim(done, worker="w")
     repository.succeed(done, 1, finished_work(done, 1))  # 1 s for 4 steps
     ahead, last = add_job(), add_job()
-    assert repository.expected_wait_s(fetch(repository, ahead)) == pytest.approx(1.0)
-    assert repository.expected_wait_s(fetch(repository, last)) == pytest.approx(2.0)
+    assert repository.outlook(fetch(repository, ahead)).left_s == pytest.approx(1.0)
+    assert repository.outlook(fetch(repository, last)).left_s == pytest.approx(2.0)
     repository.claim(ahead, worker="w")
     repository.renew(ahead, 1, steps_done=3)
-    assert repository.expected_wait_s(fetch(repository, ahead)) == pytest.approx(0.25)
-    assert repository.expected_wait_s(fetch(repository, last)) == pytest.approx(1.25)
+    assert repository.outlook(fetch(repository, ahead)).left_s == pytest.approx(0.25)
+    assert repository.outlook(fetch(repository, last)).left_s == pytest.approx(1.25)
     other = add_job(num_inference_steps=40)
     repository.claim(other, worker="v")
-    assert repository.expected_wait_s(fetch(repository, last)) == pytest.approx(1.0 + (0.25 + 10.0) / 2)
+    assert repository.outlook(fetch(repository, last)).left_s == pytest.approx(1.0 + (0.25 + 10.0) / 2)
 
 
 def test_a_tenant_sees_and_changes_its_own_jobs_alone(repository: JobRepository, add_job: AddJob) -> None:
