@@ -98,7 +98,7 @@ class EncoderProcesses:
     Args:
         count: Processes, at least 1. One that is lost is replaced.
         otherwise: Encodes while none can be started.
-        clip_limit_s: Seconds after which a process that still encodes a clip is ended.
+        clip_limit_s: Seconds for which a process may neither take a clip nor answer; then it is ended.
         clips_of_a_process: After which it is replaced.
     """
 
@@ -111,9 +111,9 @@ class EncoderProcesses:
         clip_limit_s: float = _CLIP_LIMIT_S,
         clips_of_a_process: int = _CLIPS_OF_A_PROCESS,
     ) -> None:
-        self._otherwise, self._clip_limit_s = otherwise, clip_limit_s
+        self._otherwise = otherwise
         self.lanes = count * LANES
-        self._places = [_Place(settings, clips_of_a_process) for _ in range(count)]
+        self._places = [_Place(settings, clips_of_a_process, clip_limit_s) for _ in range(count)]
         self._free: queue.Queue[tuple[_Place, int]] = queue.Queue()
         for number in range(LANES):  # one lane of each after the other, so that all have work before any has more
             for place in self._places:
@@ -135,7 +135,7 @@ class EncoderProcesses:
             if process is None:
                 return self._otherwise.run(order, frames)
             try:
-                answer = process.lanes[number].ask(order, frames, limit_s=self._clip_limit_s)
+                answer = process.lanes[number].ask(order, frames)
             except Exception as error:  # what is still in the connection nobody knows
                 place.lose(process)
                 raise EncoderLostError("the process that encoded it is lost") from error
@@ -159,8 +159,9 @@ class EncoderProcesses:
 class _Place:
     """Where one process after the other serves: the next comes when one is lost, or has served for long."""
 
-    def __init__(self, settings: Settings, clips_of_a_process: int) -> None:
+    def __init__(self, settings: Settings, clips_of_a_process: int, clip_limit_s: float) -> None:
         self._settings, self._clips_of_a_process = settings, clips_of_a_process
+        self._clip_limit_s = clip_limit_s
         self._changing = threading.Lock()
         self._not_before = 0.0
         self.process = self._start()
@@ -212,7 +213,7 @@ class _Place:
         if time.monotonic() < self._not_before:
             return None
         try:
-            return _Process(self._settings)
+            return _Process(self._settings, self._clip_limit_s)
         except OSError as error:  # no memory, or no more processes or descriptors
             self._pause(str(error))
             return None
@@ -228,10 +229,12 @@ class _Place:
 
 
 class _Process:
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, clip_limit_s: float) -> None:
         self.in_hand = self.taken = 0
         pairs = [Pipe() for _ in range(LANES)]
         try:
+            for ours, _ in pairs:
+                _limit_waiting(ours, clip_limit_s)
             numbers = [theirs.fileno() for _, theirs in pairs]
             self._process = subprocess.Popen(
                 child_command("server.worker.encoder", *map(str, numbers)),
@@ -248,7 +251,7 @@ class _Process:
             for _, theirs in pairs:
                 theirs.close()
         self.pid = self._process.pid
-        self.lanes = [_Lane(self, ours) for ours, _ in pairs]
+        self.lanes = [_Lane(self, ours, clip_limit_s) for ours, _ in pairs]
 
     @property
     def status(self) -> str:
@@ -278,11 +281,20 @@ class _Process:
             self.kill()
 
 
+def _limit_waiting(connection: Connection, limit_s: float) -> None:
+    """Let a send that waits for so long, or a receipt that has begun, raise BlockingIOError."""
+    seconds, rest = divmod(limit_s, 1.0)
+    limit = struct.pack("@ll", int(seconds), int(1e6 * rest))
+    with socket.socket(fileno=os.dup(connection.fileno())) as end:
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            end.setsockopt(socket.SOL_SOCKET, option, limit)
+
+
 class _Lane:
     """A connection to a process, and one clip at a time."""
 
-    def __init__(self, process: _Process, connection: Connection) -> None:
-        self._process, self._connection = process, connection
+    def __init__(self, process: _Process, connection: Connection, limit_s: float) -> None:
+        self._process, self._connection, self._limit_s = process, connection, limit_s
         self.has_greeted = False
 
     def is_ready(self) -> bool:
@@ -295,32 +307,22 @@ class _Lane:
             return False
         return self.has_greeted
 
-    def ask(self, order: EncodingOrder, frames: Frames, *, limit_s: float) -> StoredClip | Exception:
-        """Send a clip, and wait for what came of it.
-
-        Args:
-            limit_s: Of silence, after which the process is killed.
+    def ask(self, order: EncodingOrder, frames: Frames) -> StoredClip | Exception:
+        """Send a clip, and wait for what came of it. A process that is silent for too long is killed.
 
         Raises:
             OSError, EOFError: The process has ended.
         """
         content = np.ascontiguousarray(frames).data.cast("B")
         with suppress(BlockingIOError):
-            self._limit_sending(limit_s)
             self._connection.send((order, frames.shape))
             self._connection.send_bytes(content)
-            if self._connection.poll(limit_s):
+            if self._connection.poll(self._limit_s):
                 answer: StoredClip | Exception = self._connection.recv()
                 return answer
-        logger.error("encoder process %d has not answered for %g s", self._process.pid, limit_s)
+        logger.error("encoder process %d has not answered for %g s", self._process.pid, self._limit_s)
         self._process.kill()
-        raise TimeoutError(f"no answer for {limit_s:g} s")
-
-    def _limit_sending(self, limit_s: float) -> None:
-        """Let what is sent and not taken for so long raise BlockingIOError."""
-        seconds, rest = divmod(limit_s, 1.0)
-        with socket.socket(fileno=os.dup(self._connection.fileno())) as end:
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(seconds), int(1e6 * rest)))
+        raise TimeoutError(f"no answer for {self._limit_s:g} s")
 
     def close(self) -> None:
         with suppress(OSError):

@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -69,7 +68,7 @@ class Finisher:
         self._runtime, self._keeper = runtime, keeper
         self._encoders = ThreadPoolExecutor(runtime.encoders.lanes, thread_name_prefix="encode")
         self._coordinators = ThreadPoolExecutor(_MOST_BATCHES, thread_name_prefix="finish")
-        self._unfinished: deque[tuple[Future[None], int]] = deque()  # oldest first, with the bytes of their frames
+        self._unfinished: dict[Future[None], int] = {}  # with the bytes of their frames
 
     def __enter__(self) -> "Finisher":
         return self
@@ -77,48 +76,52 @@ class Finisher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.wait()
-        self._coordinators.shutdown()
-        self._encoders.shutdown()
+        try:
+            self.wait()
+        finally:
+            self._coordinators.shutdown()
+            self._encoders.shutdown()
 
     def submit(self, batch: SampledBatch) -> None:
         """Finish a batch; returns once no more than one other is being finished, or none where they are large."""
         size = sum(frames.nbytes for frames in batch.frames)
-        while self._unfinished and not self._has_room(size):
-            self._wait_for_oldest()
-        self._unfinished.append((self._coordinators.submit(self._finish, batch), size))
+        while not self._has_room(size):
+            wait(self._unfinished, return_when=FIRST_COMPLETED)
+        self._unfinished[self._coordinators.submit(self._finish, batch)] = size
 
     def wait(self) -> bool:
         """Wait until no batch is being finished; returns whether there was one."""
         was_busy = bool(self._unfinished)
-        while self._unfinished:
-            self._wait_for_oldest()
+        wait(self._unfinished)
+        self._unfinished.clear()
         return was_busy
 
     def _has_room(self, size: int) -> bool:
-        held = sum(others for _, others in self._unfinished)
-        return len(self._unfinished) < _MOST_BATCHES and held + size <= _MOST_BYTES
-
-    def _wait_for_oldest(self) -> None:
-        future, _ = self._unfinished.popleft()
-        future.result()
+        self._unfinished = {future: others for future, others in self._unfinished.items() if not future.done()}
+        held = sum(self._unfinished.values())
+        return not self._unfinished or (len(self._unfinished) < _MOST_BATCHES and held + size <= _MOST_BYTES)
 
     def _finish(self, batch: SampledBatch) -> None:
-        self._count(batch.checkpoint.name, len(batch.claims))
+        """Finish a batch. Never raises: whatever goes wrong here is no fault of the batch that is sampled meanwhile."""
+        futures: dict[Future[FinishedWork | Exception], Claim] = {}
         try:
-            orders = settle(lambda: self._runtime.datasets.orders_of([claim.job.id for claim in batch.claims]))
-        except SQLAlchemyError as error:
-            self._publish([(claim, error) for claim in batch.claims])
-            return
-        futures = {
-            self._encoders.submit(self._make_files, batch, number, orders): claim
-            for number, claim in enumerate(batch.claims)
-        }
-        pending = set(futures)
-        while pending:
-            wait(pending, return_when=FIRST_COMPLETED)
-            done, pending = wait(pending, timeout=_COMMIT_EVERY_S)
-            self._publish([(futures[future], future.result()) for future in done])
+            self._count(batch.checkpoint.name, len(batch.claims))
+            try:
+                orders = settle(lambda: self._runtime.datasets.orders_of([claim.job.id for claim in batch.claims]))
+            except SQLAlchemyError as error:
+                self._publish([(claim, error) for claim in batch.claims])
+                return
+            for number, claim in enumerate(batch.claims):
+                futures[self._encoders.submit(self._make_files, batch, number, orders)] = claim
+            pending = set(futures)
+            while pending:
+                wait(pending, return_when=FIRST_COMPLETED)
+                done, pending = wait(pending, timeout=_COMMIT_EVERY_S)
+                self._publish([(futures[future], future.result()) for future in done])
+        except Exception:
+            logger.exception("a batch is left to the reaper where it is not finished: %s", _ids(batch.claims))
+            wait(futures)
+            self._keeper.let_go(batch.claims)
 
     def _make_files(
         self, batch: SampledBatch, number: int, orders: Mapping[str, ClipOrder]
@@ -226,7 +229,8 @@ def _withdraw(runtime: WorkerRuntime, claim: Claim, artifact: str) -> None:
     published, _ = runtime.repository.referenced([claim.job.id]).get(claim.job.id, (None, None))
     if published == artifact:
         return
-    runtime.store.remove_attempt(claim.job.id, claim.token)
+    with suppress(OSError):  # the reaper removes what stays
+        runtime.store.remove_attempt(claim.job.id, claim.token)
     settle(lambda: runtime.repository.finish_cancel(claim.job.id, claim.token))
     logger.warning("the result of %s was not wanted any more", claim.job.id)
 
@@ -247,8 +251,11 @@ def close_canceled(runtime: WorkerRuntime, keeper: ClaimKeeper, claim: Claim, re
 
 def leave_to_reaper(claims: Sequence[Claim], error: SQLAlchemyError) -> None:
     """Nothing is wrong with these jobs, and what the table says of them now is unknown: their leases run out."""
-    names = ", ".join(claim.job.id for claim in claims)
-    logger.error("left to the reaper, for the job table cannot be used: %s: %s", names, error)
+    logger.error("left to the reaper, for the job table cannot be used: %s: %s", _ids(claims), error)
+
+
+def _ids(claims: Sequence[Claim]) -> str:
+    return ", ".join(claim.job.id for claim in claims)
 
 
 def settle(action: Callable[[], T]) -> T:

@@ -57,6 +57,32 @@ def test_a_video_is_made_through_the_proxy(client: openai.OpenAI, tmp_path: Path
     assert probe_video(path).width == 128
 
 
+def test_a_backup_is_restored(stack: Stack, client: openai.OpenAI, tmp_path: Path) -> None:
+    """As docs/deployment.md tells it; into a database and a folder beside those of the stack, which goes on."""
+    video: Any = client.videos.create_and_poll(
+        prompt="covid lung", size="128x128", extra_body={"seed": 2, "num_inference_steps": 2}
+    )
+    content = client.videos.download_content(video.id).read()
+    os.chown(tmp_path, 10001, 10001)
+    run = ["run", "--rm", "--no-deps", "--volume", f"{tmp_path}:/backups"]
+    stack.compose(*run, "reaper", "backup", "/backups/now")
+    assert (tmp_path / "now" / "backup.json").is_file()
+    statement = "create database restored"
+    connect = "PGPASSWORD=$(cat /run/secrets/postgres_password) psql --host 127.0.0.1 --username medsora"
+    stack.execute("postgres", "sh", "-c", f"{connect} --command '{statement}'")
+    beside = {
+        "MEDSORA_DATABASE_URL": "postgresql+psycopg://medsora@postgres:5432/restored",
+        "MEDSORA_DATA_DIR": "/backups/data",
+    }
+    options = [word for name, value in beside.items() for word in ("-e", f"{name}={value}")]
+    stack.compose(*run, *options, "reaper", "restore", "/backups/now")
+    (restored,) = (tmp_path / "data").rglob(f"{video.id}*.mp4")
+    assert restored.read_bytes() == content
+    query = f"select status from jobs where id = '{video.id}'"
+    told = stack.execute("postgres", "sh", "-c", f'{connect} restored --tuples-only --command "{query}"')
+    assert told.strip() == "succeeded"
+
+
 def test_keys_are_needed_and_figures_stay_within(http: httpx.Client) -> None:
     assert http.get("/v1/videos").status_code == 401
     assert http.get("/metrics").status_code == 404

@@ -77,3 +77,11 @@ def test_names_on_the_wire() -> None:
 def test_the_parent_of_the_sampling_processes_loads_nothing_that_samples_or_encodes() -> None:
     code = "import sys, server.worker.tasks; sys.exit(bool({'torch', 'numpy', 'av', 'PIL'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_threads_of_a_sampling_process_take_short_turns() -> None:
+    code = (
+        "import sys, server.worker.tasks as tasks; tasks._get_runtime = lambda: None; tasks._on_process_init();"
+        "sys.exit(sys.getswitchinterval() > 0.001)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

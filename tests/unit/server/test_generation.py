@@ -606,36 +606,61 @@ def test_turn_ends_and_says_that_there_is_more(bench: Bench, add_job: AddJob, mo
     assert status_of(bench, ids) == ["succeeded"] * 40
 
 
-@pytest.mark.parametrize(("most_bytes", "stored_at_once"), [(2**29, 2), (1, 1)])
-def test_while_a_batch_is_sampled_two_are_stored_or_one_where_clips_are_large(
-    bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch, most_bytes: int, stored_at_once: int
+def test_while_a_batch_is_sampled_the_two_before_are_stored(
+    bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many at most: test_finishing.py."""
+    import server.worker.encoding as encoding
+
+    write, third_begun = encoding.write_mp4, threading.Event()
+
+    def slow_write(*args: Any, **options: Any) -> None:
+        assert third_begun.wait(20), "no overlap"
+        write(*args, **options)
+
+    monkeypatch.setattr(encoding, "write_mp4", slow_write)
+    bench.model.at_batch = lambda requests: third_begun.set() if len(bench.model.batches) == 3 else None
+    ids = [add_job(seed=seed) for seed in range(16)]
+    run_jobs(bench.runtime)
+    assert status_of(bench, ids) == ["succeeded"] * 16
+
+
+def test_a_batch_that_cannot_be_finished_is_left_to_the_reaper_and_harms_no_other(
+    bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    succeed_all = bench.repository.succeed_all
+    ids = [add_job(seed=seed) for seed in range(12)]
+
+    def broken(rows: Any) -> Any:
+        if {job_id for job_id, *_ in rows} & set(ids[:4]):
+            raise RuntimeError("a bug")
+        return succeed_all(rows)
+
+    monkeypatch.setattr(bench.repository, "succeed_all", broken)
+    run_jobs(bench.runtime)
+    assert status_of(bench, ids) == ["running"] * 4 + ["succeeded"] * 8
+    assert bench.model.batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+def test_a_clip_that_nobody_wants_any_more_may_stay_where_it_cannot_be_removed(
+    bench: Bench, add_job: AddJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import server.worker.encoding as encoding
 
-    monkeypatch.setattr("server.worker.finishing._MOST_BYTES", most_bytes)
-    events: list[str] = []
+    def no_answer(*_: Any) -> None:
+        raise StorageUnavailableError("no answer")
+
     write = encoding.write_mp4
+    ids = [add_job(seed=seed) for seed in range(4)]
 
-    next_begun = threading.Event()
-
-    def slow_write(*args: Any, **options: Any) -> None:
-        assert next_begun.wait(20), "no overlap"
+    def cancelled_meanwhile(*args: Any, **options: Any) -> None:
+        bench.repository.request_cancel(ids[0])
         write(*args, **options)
-        events.append("stored")
 
-    def at_batch(requests: Any) -> None:
-        events.append("sampling")
-        if events.count("sampling") == 1 + stored_at_once:
-            next_begun.set()
-
-    monkeypatch.setattr(encoding, "write_mp4", slow_write)
-    bench.model.at_batch = at_batch
-    ids = [add_job(seed=seed) for seed in range(20)]
+    monkeypatch.setattr(encoding, "write_mp4", cancelled_meanwhile)
+    monkeypatch.setattr(bench.store, "remove_attempt", no_answer)
     run_jobs(bench.runtime)
-    assert status_of(bench, ids) == ["succeeded"] * 20
-    for number in range(1 + stored_at_once, 5):
-        place = [index for index, event in enumerate(events) if event == "sampling"][number]
-        assert events[:place].count("stored") >= 4 * (number - stored_at_once)
+    assert status_of(bench, ids) == ["canceled"] + ["succeeded"] * 3
 
 
 def wait_for_status(bench: Bench, job_ids: list[str], status: str) -> None:
