@@ -185,6 +185,8 @@ class BackgroundPublisher:
                 continue
             try:
                 self._mark_published(published)
-            except SQLAlchemyError:
-                logger.warning("could not record that jobs were published", exc_info=True)
+            except SQLAlchemyError as error:
+                logger.warning(
+                    "not recorded that %d jobs were published, as they may be again: %s", len(published), error
+                )
         self._job_queue.close()
