@@ -133,8 +133,6 @@ class GraphedSampler:
         buffers.guidance_scale.fill_(guidance_scale)
         if is_known is not None:
             buffers.is_known.copy_(is_known)
-        # asked for once: without it, record() looks for devices and drivers at every step
-        stream = torch.cuda.current_stream() if on_step is not None else None
         finished: list[torch.cuda.Event] = []
         for number, (step, (graph, values)) in enumerate(zip(steps, graphs, strict=True)):
             values.copy_(plan[number, : len(values)])
@@ -149,7 +147,7 @@ class GraphedSampler:
                 watch.show(data_between(before, buffers.x, *times))
             if on_step is not None:
                 finished.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
-                finished[-1].record(stream)
+                finished[-1].record()
                 if number:
                     finished[number - 1].synchronize()
                     on_step(number, len(steps))
