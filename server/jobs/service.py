@@ -214,10 +214,9 @@ class JobService:
             NotFoundError: The tenant has none (any more).
         """
         job = self.get(tenant, job_id)
-        return job, self.poll_after_ms(job)
+        return job, self._poll_after_ms(job)
 
-    def poll_after_ms(self, job: JobRecord) -> int:
-        """Milliseconds after which it is worth asking for the job again."""
+    def _poll_after_ms(self, job: JobRecord) -> int:
         if job.status in TERMINAL:
             return _LEAST_POLL_MS
         outlook = self._repository.outlook(job)

@@ -32,7 +32,7 @@ from server.worker.progress import ClaimKeeper, ClaimLost, JobCanceled
 from server.worker.runtime import WorkerRuntime
 from server.worker.sources import SourceError
 
-__all__ = ["Finisher", "SampledBatch", "close_canceled", "explain", "leave_to_reaper", "settle"]
+__all__ = ["Finisher", "SampledBatch", "close_canceled", "explain", "leave_to_reaper", "names_of", "settle"]
 
 Frames = np.ndarray[Any, np.dtype[np.uint8]]
 T = TypeVar("T")
@@ -119,7 +119,7 @@ class Finisher:
                 done, pending = wait(pending, timeout=_COMMIT_EVERY_S)
                 self._publish([(futures[future], future.result()) for future in done])
         except Exception:
-            logger.exception("a batch is left to the reaper where it is not finished: %s", _ids(batch.claims))
+            logger.exception("a batch is left to the reaper where it is not finished: %s", names_of(batch.claims))
             wait(futures)
             self._keeper.let_go(batch.claims)
 
@@ -251,10 +251,11 @@ def close_canceled(runtime: WorkerRuntime, keeper: ClaimKeeper, claim: Claim, re
 
 def leave_to_reaper(claims: Sequence[Claim], error: SQLAlchemyError) -> None:
     """Nothing is wrong with these jobs, and what the table says of them now is unknown: their leases run out."""
-    logger.error("left to the reaper, for the job table cannot be used: %s: %s", _ids(claims), error)
+    logger.error("left to the reaper, for the job table cannot be used: %s: %s", names_of(claims), error)
 
 
-def _ids(claims: Sequence[Claim]) -> str:
+def names_of(claims: Sequence[Claim]) -> str:
+    """The ids of the jobs, for a line of the log."""
     return ", ".join(claim.job.id for claim in claims)
 
 

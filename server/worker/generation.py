@@ -24,7 +24,7 @@ from server.jobs.repository import EXHAUSTED, Claim, JobRecord, log_fields
 from server.logs import bound
 from server.objects import StorageFullError, StorageUnavailableError
 from server.worker.attempts import trace_attempt
-from server.worker.finishing import Finisher, SampledBatch, close_canceled, explain, leave_to_reaper, settle
+from server.worker.finishing import Finisher, SampledBatch, close_canceled, explain, leave_to_reaper, names_of, settle
 from server.worker.next_batch import NextBatch
 from server.worker.pieces import is_made_at_once, make_in_pieces
 from server.worker.preview import PreviewWriter
@@ -153,7 +153,7 @@ def _run_batch(
             leave_to_reaper(part, error)
             keeper.let_go(part)
         except StorageUnavailableError as error:
-            logger.error("%s: %s", _names(part), error)
+            logger.error("%s: %s", names_of(part), error)
             runtime.storage.is_suspect = True
             _hand_back(runtime, keeper, [*part, *[claim for rest in parts for claim in rest]])
             return True
@@ -340,10 +340,6 @@ def _publish_hint(runtime: WorkerRuntime, job_ids: Sequence[str] = ()) -> None:
         logger.info("the reaper will tell of waiting jobs: %s", error)
     finally:
         queue.close()
-
-
-def _names(claims: Sequence[Claim]) -> str:
-    return ", ".join(claim.job.id for claim in claims)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
