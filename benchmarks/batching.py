@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 900
+BEGAN = time.perf_counter()
 
 
 def main() -> None:
@@ -53,10 +54,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="medsora-bench-") as folder:
         checkpoint = find(options.checkpoint, Path(folder))
         before = raw_rate(checkpoint, options)
+        say(f"sampler alone: {before['clips_per_s']:.2f} clips/s")
         with running_server(checkpoint, Path(folder), options, before["batch"]) as (url, process):
             database = Path(folder) / "data" / "medsora.db"
+            say("the server is ready")
             served = load(url, process, database, checkpoint, options, before["batch"])
+            say(f"server: {served['clips_per_s']:.2f} clips/s")
         after = raw_rate(checkpoint, options, batch=before["batch"])
+        say(f"sampler alone: {after['clips_per_s']:.2f} clips/s")
         raw = (before["clips_per_s"] + after["clips_per_s"]) / 2
         result = {
             "checkpoint": read_manifest(checkpoint).name,
@@ -75,6 +80,10 @@ def main() -> None:
         }
     save(result, options.json or RESULTS / f"batching-{result['checkpoint']}.json")
     print_result(result)
+
+
+def say(text: str) -> None:
+    print(f"{time.perf_counter() - BEGAN:6.1f} s  {text}", file=sys.stderr, flush=True)
 
 
 def parse_options() -> argparse.Namespace:

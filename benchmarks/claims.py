@@ -22,7 +22,8 @@ from typing import Any
 from generate import RESULTS, describe_machine, save
 
 from server.jobs.database import Database
-from server.jobs.repository import JobRepository, insert_jobs
+from server.jobs.intake import insert_jobs
+from server.jobs.repository import JobRepository
 from server.jobs.schema import migrate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))

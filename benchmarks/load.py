@@ -34,7 +34,8 @@ from generate import RESULTS, describe_machine, save
 
 from server.embedded import find_redis_server
 from server.jobs.database import Database
-from server.jobs.repository import Claim, FinishedWork, JobRepository, insert_jobs
+from server.jobs.intake import insert_jobs
+from server.jobs.repository import Claim, FinishedWork, JobRepository
 from server.jobs.schema import migrate
 from server.keys.model import ALL_SCOPES
 from server.keys.repository import KeyRepository

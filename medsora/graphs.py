@@ -134,6 +134,8 @@ class GraphedSampler:
         if is_known is not None:
             buffers.is_known.copy_(is_known)
         finished: list[torch.cuda.Event] = []
+        # an event that is not told its stream looks for the current one at every step
+        stream = torch.cuda.current_stream() if on_step is not None else None
         for number, (step, (graph, values)) in enumerate(zip(steps, graphs, strict=True)):
             values.copy_(plan[number, : len(values)])
             if step.draws_noise:
@@ -147,7 +149,7 @@ class GraphedSampler:
                 watch.show(data_between(before, buffers.x, *times))
             if on_step is not None:
                 finished.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
-                finished[-1].record()
+                finished[-1].record(stream)
                 if number:
                     finished[number - 1].synchronize()
                     on_step(number, len(steps))

@@ -78,14 +78,15 @@ def main(options: list[str]) -> int:
         try:
             command = [str(program), "--config-file", str(ROOT / "schemathesis.toml"), "run", f"{url}/openapi.json"]
             command += ["--header", f"Authorization: Bearer {key}"]
-            code = subprocess.run([*command, *(options or LONG_RUN)], cwd=folder, check=False).returncode
+            environment = os.environ | {"SCHEMATHESIS_HOOKS": str(ROOT / "tests" / "fuzz_hooks.py")}
+            done = subprocess.run([*command, *(options or LONG_RUN)], cwd=folder, env=environment, check=False)
             with urllib.request.urlopen(f"{url}/health/live", timeout=10.0) as answer:
                 is_alive = answer.status == 200
         finally:
             code_of_server = stop(server)
         failures = [line for line in (folder / "server.log").read_text().splitlines() if "Traceback" in line]
         print(f"server: ended with {code_of_server}, {len(failures)} tracebacks in its log")
-        return code or int(not is_alive or code_of_server != 0 or bool(failures))
+        return done.returncode or int(not is_alive or code_of_server != 0 or bool(failures))
 
 
 if __name__ == "__main__":

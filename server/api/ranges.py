@@ -32,7 +32,8 @@ def check_range(request: Request, size: int) -> None:
         and all(part.isascii() and part.isdigit() and len(part) < 19 for part in numbers)
         and not (first and last and int(first) > int(last))
     )
-    if not is_usable:
+    # the last bytes of an empty file: all of it, which no Content-Range can say
+    if not is_usable or (size == 0 and not first and int(last) > 0):
         request.scope["headers"] = [pair for pair in request.scope["headers"] if pair[0] != b"range"]
     elif (first and int(first) >= size) or (not first and int(last) == 0):
         raise RangeError(

@@ -32,8 +32,9 @@ from server.files.store import WrittenFile
 from server.idempotency import note_made
 from server.jobs.bulk import AT_END, QUEUE_SHARE, ClaimLostError
 from server.jobs.database import Database, database_now
+from server.jobs.intake import insert_jobs
 from server.jobs.model import Job, JobStatus
-from server.jobs.repository import JobRecord, insert_jobs, job_record
+from server.jobs.repository import JobRecord, job_record
 from server.keys.limits import NO_LIMITS, Limits, fitting
 
 __all__ = [

@@ -41,8 +41,8 @@ from server.events.log import emit
 from server.idempotency import note_made
 from server.jobs.bulk import AT_END, FINISHED, PRIORITY, QUEUE_SHARE, ClaimLostError
 from server.jobs.database import Database, database_now
+from server.jobs.intake import insert_jobs
 from server.jobs.model import Job, JobStatus
-from server.jobs.repository import insert_jobs
 from server.keys.limits import NO_LIMITS, Limits, fitting
 
 __all__ = [

@@ -33,25 +33,24 @@ from sqlalchemy import (
     update,
 )
 
-from server import logs, tracing
+from server import tracing
 from server.events.jobs import announce_deletion, announce_preview, announce_progress, announce_states
-from server.idempotency import note_made
 from server.jobs.database import Database, database_now, lock_rows
+from server.jobs.group_commit import GroupCommit
+from server.jobs.intake import COUNT_WAITING, Order, take_orders
 from server.jobs.measures import BATCH_SIZE, measure_claimed, measure_ended
 from server.jobs.model import (
     ALIKE,
-    DEFAULT_TENANT,
     IS_QUEUED,
     TERMINAL,
     DeletedJob,
     Job,
     JobStatus,
     WorkerProcess,
-    new_job_id,
 )
 from server.jobs.sharing import CLAIMABLE, LOCKABLE, charge, lock_alike, lock_first, places
 from server.jobs.waiting import Outlook, outlook
-from server.keys.limits import NO_LIMITS, Limits, Quota, count_usage, fitting
+from server.keys.limits import NO_LIMITS, Limits
 from server.measures import Observation, add_observations
 
 __all__ = [
@@ -59,11 +58,8 @@ __all__ = [
     "FinishedWork",
     "JobRecord",
     "JobRepository",
-    "QueueFullError",
-    "QuotaReachedError",
     "Removal",
     "SweepResult",
-    "insert_jobs",
     "job_record",
     "log_fields",
 ]
@@ -78,25 +74,10 @@ _TERMINAL_NAMES = sorted(status.value for status in TERMINAL)
 EXHAUSTED = "attempts_exhausted"
 CANCELLED = "cancelled"
 CANCELLED_MESSAGE = "The job was cancelled."
-_COUNT_WAITING = select(func.count()).where(Job.status == JobStatus.QUEUED)  # these are put together once
-_INSERT = insert(_TABLE).values(created_at=database_now(), queued_at=database_now())
-_INSERT_RETURNING = _INSERT.returning(*_TABLE.c)
 _PLACES_TOLD = 10_000
 _SWEPT_AT_ONCE = 10_000
 CURSOR_KEPT_S = 86_400.0
 """Seconds for which a deleted job still serves as a cursor into the list."""
-
-
-class QueueFullError(Exception):
-    """As many jobs wait as may wait."""
-
-
-class QuotaReachedError(Exception):
-    """A tenant may have no more of something."""
-
-    def __init__(self, quota: Quota) -> None:
-        super().__init__(quota.message)
-        self.quota = quota
 
 
 class Removal(enum.Enum):
@@ -221,11 +202,12 @@ class JobRepository:
         self._lease_s = lease_s
         self._max_attempts = max_attempts
         self._limits = limits
+        self._take_order: GroupCommit[Order, Any] = GroupCommit(self._take_orders)
 
     # -- clients ---------------------------------------------------------------------------------------------
 
     def add(self, values: dict[str, Any], *, max_queued: int) -> JobRecord:
-        """Insert a job that waits; it is on disk when this returns.
+        """Insert a job that waits, with those that others ask for at the same time; it is on disk when this returns.
 
         Args:
             values: The columns of what was asked.
@@ -235,19 +217,11 @@ class JobRepository:
             QueueFullError: That many wait already.
             QuotaReachedError: The tenant may have no more of it.
         """
+        return _record(self._take_order(Order(values, max_queued)))
+
+    def _take_orders(self, orders: Sequence[Order]) -> list[Any]:
         with self._database.write() as connection:
-            waiting = connection.scalar(_COUNT_WAITING)
-            if waiting is not None and waiting >= max_queued:
-                raise QueueFullError(f"{waiting} jobs are waiting, {max_queued} may")
-            new = _new(values)
-            quota = fitting(connection, new["tenant"], [new], self._limits).quota
-            if quota is not None:
-                raise QuotaReachedError(quota)
-            count_usage(connection, [new])
-            row = connection.execute(_INSERT_RETURNING, new).one()
-            note_made(connection, row.id)
-            _tell(connection, [row])
-        return _record(row)
+            return take_orders(connection, orders, self._limits)
 
     def get(self, job_id: str, *, tenant: str | None = None) -> JobRecord | None:
         """The job, or None when there is none that a client may see."""
@@ -565,7 +539,7 @@ class JobRepository:
     def count_waiting(self) -> int:
         """Number of jobs in the queue."""
         with self._database.read() as connection:
-            return connection.scalar(_COUNT_WAITING) or 0
+            return connection.scalar(COUNT_WAITING) or 0
 
     def count_live(self) -> dict[tuple[str, JobStatus], int]:
         """Numbers of jobs that wait and of those that a worker holds, by model and state."""
@@ -646,40 +620,6 @@ def _settle(
         connection.execute(update(_TABLE).where(running, which).values(**values).returning(*_TABLE.c)).all()
         for which, values in changes
     ]
-
-
-def insert_jobs(connection: Connection, jobs: Sequence[dict[str, Any]]) -> list[str]:
-    """Insert jobs that wait, within the caller's transaction; returns their ids in the same order.
-
-    They count for the quotas of their tenants; whether they are within them is for the caller to ask (``fitting``).
-
-    Args:
-        jobs: The columns of what was asked, of each job.
-    """
-    rows = [_new(values) for values in jobs]
-    ids = [row["id"] for row in rows]
-    if rows:
-        count_usage(connection, rows)
-        connection.execute(_INSERT, rows)
-        _tell(connection, connection.execute(select(_TABLE).where(Job.id.in_(ids))).all())
-    return ids
-
-
-def _new(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "id": new_job_id(),
-        "tenant": DEFAULT_TENANT,
-        "status": JobStatus.QUEUED.value,
-        "attempt": 0,
-        "handed_back": 0,
-        "steps_done": 0,
-        "cancel_requested": False,
-        "request_id": logs.current().get("request_id"),
-        "priority": 0,
-        "deterministic": False,
-        "traceparent": tracing.traceparent(),
-        **values,
-    }
 
 
 def _one(job_id: str, tenant: str | None, table: type[Job] | type[DeletedJob] = Job) -> tuple[ColumnElement[bool], ...]:

@@ -18,8 +18,9 @@ from server.errors import (
     RequestRefusedError,
     UnavailableError,
 )
+from server.jobs.intake import QueueFullError, QuotaReachedError
 from server.jobs.model import TERMINAL, JobStatus, is_job_id
-from server.jobs.repository import JobRecord, JobRepository, QueueFullError, QuotaReachedError, Removal
+from server.jobs.repository import JobRecord, JobRepository, Removal
 from server.storage import ArtifactStore
 from server.webhooks.service import check_request_webhook
 

@@ -448,7 +448,7 @@ class Recorded:
 class Event:
     """In place of a CUDA event: on a CPU everything has happened by now."""
 
-    def record(self) -> None: ...
+    def record(self, stream: object) -> None: ...
 
     def synchronize(self) -> None: ...
 
@@ -460,6 +460,7 @@ def compiled(
     """Makes two pipelines: one that goes by graphs as on a GPU, but for the GPU, and one that does not."""
     monkeypatch.setattr(graphs, "GraphedFunction", Recorded)
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(Denoiser, "compile_parts", lambda denoiser: None)

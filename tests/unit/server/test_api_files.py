@@ -70,6 +70,19 @@ def test_a_file_comes_back_as_it_was_sent(client: TestClient, upload: Callable[.
     assert stored(settings) == [made["id"]]
 
 
+@pytest.mark.parametrize(("asked", "status"), [("bytes=-1", 200), ("bytes=0-", 416), ("bytes=-0", 416)])
+def test_an_empty_file_has_last_bytes_but_no_first(
+    client: TestClient, upload: Callable[..., Any], asked: str, status: int
+) -> None:
+    """RFC 9110, 14.1.2: a range of the last bytes can be satisfied unless it is of none."""
+    answer = client.get(f"/v1/files/{upload(b'').json()['id']}/content", headers={"range": asked})
+    assert answer.status_code == status
+    if status == 200:
+        assert answer.content == b""
+    else:
+        assert answer.json()["error"]["code"] == "range_not_satisfiable"
+
+
 def test_parts_may_come_in_any_order(client: TestClient) -> None:
     files = {"file": ("a.jsonl", LINES), "purpose": (None, b"batch")}
     assert client.post("/v1/files", files=files).json()["purpose"] == "batch"

@@ -16,8 +16,9 @@ from server.app import create_app
 from server.batches.repository import BatchRepository, SubmittedLine
 from server.cli import app
 from server.jobs.database import Database, database_now
+from server.jobs.intake import QuotaReachedError, insert_jobs
 from server.jobs.model import Job
-from server.jobs.repository import JobRepository, QuotaReachedError, insert_jobs
+from server.jobs.repository import JobRepository
 from server.keys.limits import (
     Limits,
     RequestAllowance,

@@ -8,8 +8,9 @@ import pytest
 from sqlalchemy import update
 
 from server.jobs.database import Database, database_now
+from server.jobs.intake import QueueFullError
 from server.jobs.model import DeletedJob, Job, JobStatus, new_job_id
-from server.jobs.repository import FinishedWork, JobRecord, JobRepository, QueueFullError, Removal
+from server.jobs.repository import FinishedWork, JobRecord, JobRepository, Removal
 
 AddJob = Callable[..., str]
 Expire = Callable[[str], None]
