@@ -156,7 +156,7 @@ class Settings(BaseSettings):
         ge=0,
         le=64,
         description="Processes that encode and store the clips of a sampling process. 0: its own threads do it, which "
-        "slows the sampler down. None: one for two of the cores that a sampling process has, from 1 to 16.",
+        "slows the sampler down. None: one for each core that a sampling process has, from 1 to 32.",
     )
     worker_max_memory_mib: int = Field(
         8192,

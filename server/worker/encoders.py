@@ -1,7 +1,7 @@
 """Who encodes and stores clips: processes of their own, so that the sampler shares its interpreter with nobody.
 
 A Python thread that encodes makes the sampler wait for the interpreter's lock at each of its thousands of calls. An
-encoder process has a few lanes, each a connection and a thread, so that while one clip waits for the disk others are
+encoder process has two lanes, each a connection and a thread, so that while one clip waits for the disk the other is
 encoded. Frames go through the connections; nothing is shared, so nothing is left over when a process dies. Where none
 can be started, the sampling process encodes.
 """
@@ -30,8 +30,9 @@ __all__ = ["LANES", "EncoderLostError", "EncoderProcesses", "Encoders", "LocalEn
 
 Frames = np.ndarray[Any, np.dtype[np.uint8]]
 
-LANES = 4
-"""Clips that one process has in hand at once: most of the time of each it waits for the disk."""
+LANES = 2
+"""Clips that one process has in hand at once: one is encoded, the other waits for the disk or the bucket. More would be
+in each other's way: there is one interpreter."""
 _CLIPS_OF_A_PROCESS = 10_000
 """After so many it is replaced, whatever the libraries that it calls have not given back."""
 _CLIP_LIMIT_S = 300.0
@@ -39,8 +40,7 @@ _START_LIMIT_S = 120.0
 _PAUSE_S = 60.0
 """After a process that could not be started."""
 _STOP_LIMIT_S = 5.0
-_CORES_OF_AN_ENCODER = 2
-_MOST_PROCESSES = 16
+_MOST_PROCESSES = 32
 
 logger = logging.getLogger(__name__)
 
@@ -334,4 +334,4 @@ def encoder_count(settings: Settings) -> int:
     if settings.encoder_processes is not None:
         return settings.encoder_processes
     cores = len(os.sched_getaffinity(0)) // settings.worker_processes
-    return max(1, min(_MOST_PROCESSES, cores // _CORES_OF_AN_ENCODER))
+    return max(1, min(_MOST_PROCESSES, cores))

@@ -236,7 +236,15 @@ def test_it_hears_no_signals_and_ends_with_the_process_that_started_it(tmp_path:
 
 @pytest.mark.parametrize(
     ("cores", "sampling", "asked", "count"),
-    [(2, 1, None, 1), (16, 1, None, 8), (64, 1, None, 16), (16, 4, None, 2), (16, 1, 0, 0), (2, 1, 3, 3)],
+    [
+        (2, 1, None, 2),
+        (16, 1, None, 16),
+        (64, 1, None, 32),
+        (16, 4, None, 4),
+        (2, 4, None, 1),
+        (16, 1, 0, 0),
+        (2, 1, 3, 3),
+    ],
 )
 def test_number_of_processes(
     monkeypatch: pytest.MonkeyPatch, cores: int, sampling: int, asked: int | None, count: int
