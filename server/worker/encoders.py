@@ -2,7 +2,7 @@
 
 A Python thread that encodes makes the sampler wait for the interpreter's lock at each of its thousands of calls. An
 encoder process has two lanes, each a connection and a thread, so that while one clip waits for the disk the other is
-encoded. Frames go through the connections; nothing is shared, so nothing is left over when a process dies. Where none
+encoded; there is one for each core, since its threads share an interpreter and hardly fill more than one. Frames go through the connections; nothing is shared, so nothing is left over when a process dies. Where none
 can be started, the sampling process encodes.
 """
 
@@ -31,8 +31,7 @@ __all__ = ["LANES", "EncoderLostError", "EncoderProcesses", "Encoders", "LocalEn
 Frames = np.ndarray[Any, np.dtype[np.uint8]]
 
 LANES = 2
-"""Clips that one process has in hand at once: one is encoded, the other waits for the disk or the bucket. More would be
-in each other's way: there is one interpreter."""
+"""Clips that one process has in hand at once: while one waits for the disk or the bucket, the other is encoded."""
 _CLIPS_OF_A_PROCESS = 10_000
 """After so many it is replaced, whatever the libraries that it calls have not given back."""
 _CLIP_LIMIT_S = 300.0
@@ -77,7 +76,7 @@ class Encoders(Protocol):
 class LocalEncoders:
     """Encodes in the threads that ask for it."""
 
-    def __init__(self, stores: Stores, *, lanes: int = LANES) -> None:
+    def __init__(self, stores: Stores, *, lanes: int = 4) -> None:
         self._stores = stores
         self.lanes = lanes
 

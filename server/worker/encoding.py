@@ -4,7 +4,6 @@ Knows no model and no job table, and loads neither torch nor Celery: encoder pro
 """
 
 import tempfile
-import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -25,10 +24,6 @@ from server.worker.stills import write_spritesheet, write_thumbnail
 __all__ = ["EncodingOrder", "StoredClip", "encode_and_store", "warm_up_encoder"]
 
 Frames = np.ndarray[Any, np.dtype[np.uint8]]
-
-_turn = threading.Lock()
-"""Of the threads of a process one encodes, while others wait for the disk: side by side they would hand the interpreter
-back and forth at every frame, which costs a tenth (docs/experiments.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,15 +68,14 @@ def encode_and_store(stores: Stores, order: EncodingOrder, frames: Frames) -> St
     def write(variant: Variant, path: Path) -> None:
         nonlocal encode_s
         write_began = time.monotonic()
-        with _turn:
-            if variant is Variant.VIDEO:
-                write_mp4(path, frames, fps=claim.job.fps, metadata=metadata)
-            elif variant is Variant.LOSSLESS:
-                write_ffv1(path, frames, fps=claim.job.fps, metadata=metadata)
-            elif variant is Variant.THUMBNAIL:
-                write_thumbnail(path, frames, metadata=metadata)
-            else:
-                write_spritesheet(path, frames, metadata=metadata)
+        if variant is Variant.VIDEO:
+            write_mp4(path, frames, fps=claim.job.fps, metadata=metadata)
+        elif variant is Variant.LOSSLESS:
+            write_ffv1(path, frames, fps=claim.job.fps, metadata=metadata)
+        elif variant is Variant.THUMBNAIL:
+            write_thumbnail(path, frames, metadata=metadata)
+        else:
+            write_spritesheet(path, frames, metadata=metadata)
         encode_s += time.monotonic() - write_began
 
     try:

@@ -240,15 +240,15 @@ def test_late_worker_removes_its_own_file_and_nothing_else(
     import server.worker.encoding as encoding
 
     job_id = add_job()
-    write = encoding.write_origin
+    write = encoding.write_mp4
 
     def overtaken(*args: Any, **kwargs: Any) -> None:
-        monkeypatch.setattr(encoding, "write_origin", write)
+        monkeypatch.setattr(encoding, "write_mp4", write)
         write(*args, **kwargs)
         expire_lease(job_id)
         run_jobs(bench.runtime)  # the second worker takes over and finishes
 
-    monkeypatch.setattr(encoding, "write_origin", overtaken)
+    monkeypatch.setattr(encoding, "write_mp4", overtaken)
     job = bench.run(job_id)
     assert (job.status, job.attempt) == (JobStatus.SUCCEEDED, 2)
     assert bench.files() == files_of(job_id, 2)
