@@ -29,7 +29,8 @@ class _Entry(Generic[_Item]):
 
 
 class GroupCommit(Generic[_Item, _Result]):
-    """Writes items of several threads together. Each call returns when its own item is committed.
+    """Writes items of several threads together. Each call returns when its own item is committed: after the commit that
+    is under way, and its own.
 
     Args:
         commit: Writes items, in the order of their coming, within one transaction; returns of each its result, or the
@@ -65,15 +66,15 @@ class GroupCommit(Generic[_Item, _Result]):
 
     def _decide(self, group: Sequence[_Entry[_Item]]) -> None:
         try:
-            outcomes = self._commit([entry.item for entry in group])
+            told = list(zip(group, self._commit([entry.item for entry in group]), strict=True))
         except _OF_THE_DATABASE as error:
-            for entry in group:  # an error of its own each: to be raised in several threads would mix its tracebacks
-                entry.outcome, entry.is_decided = copy.copy(error), True
-        except BaseException:
+            # an error of its own each: one that is raised in several threads collects the tracebacks of all
+            told = [(entry, copy.copy(error)) for entry in group]
+        except BaseException as error:
             for entry in group:
                 entry.must_go_alone = True
-            if len(group) == 1:
+            if len(group) == 1 or not isinstance(error, Exception):
                 raise
-        else:
-            for entry, outcome in zip(group, outcomes, strict=True):
-                entry.outcome, entry.is_decided = outcome, True
+            return
+        for entry, outcome in told:
+            entry.outcome, entry.is_decided = outcome, True

@@ -1,7 +1,7 @@
 """How jobs come into the table: within the limits of their tenants, and announced in the same transaction."""
 
 import contextvars
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from server.events.jobs import announce_states
 from server.idempotency import note_made
 from server.jobs.database import database_now
 from server.jobs.model import Job, JobStatus, new_job_id
-from server.keys.limits import Limits, Quota, count_usage, fitting
+from server.keys.limits import Allowance, Limits, Quota, count_usage
 
 __all__ = ["COUNT_WAITING", "Order", "QueueFullError", "QuotaReachedError", "insert_jobs", "take_orders"]
 
@@ -64,30 +64,24 @@ def take_orders(connection: Connection, orders: Sequence[Order], limits: Limits)
         Of each the whole row, or why it was not taken: QueueFullError, QuotaReachedError, or InProgressError as
         :func:`server.idempotency.note_made` raises it.
     """
-    outcomes: dict[int, Any] = {}
     waiting = int(connection.scalar(COUNT_WAITING) or 0)
     if all(waiting >= order.max_queued for order in orders):
         return [_queue_full(waiting, order) for order in orders]
-    within: list[int] = []
-    for tenant in sorted({order.job["tenant"] for order in orders}):  # the order in which all lock what was used
-        asked = [number for number, order in enumerate(orders) if order.job["tenant"] == tenant]
-        refusals = _quotas_reached(connection, tenant, {number: orders[number].job for number in asked}, limits)
-        outcomes |= refusals
-        within += [number for number in asked if number not in refusals]
-    taken: list[int] = []
-    for number in sorted(within):
-        order = orders[number]
-        if waiting + len(taken) >= order.max_queued:
-            outcomes[number] = _queue_full(waiting + len(taken), order)
-            continue
-        try:
-            order.context.run(note_made, connection, order.job["id"])
-        except InProgressError as error:
-            outcomes[number] = error
-        else:
-            taken.append(number)
-    outcomes |= zip(taken, _insert(connection, [orders[number].job for number in taken]), strict=True)
-    return [outcomes[number] for number in range(len(orders))]
+    # of several tenants in the order in which all lock what was used
+    allowances = {
+        tenant: Allowance(connection, tenant, limits) for tenant in sorted({order.job["tenant"] for order in orders})
+    }
+    outcomes: list[Any] = []
+    taken: list[Order] = []
+    for order in orders:
+        allowance = allowances[order.job["tenant"]]
+        refusal = _refusal(connection, order, waiting + len(taken), allowance)
+        outcomes.append(refusal)
+        if refusal is None:
+            allowance.take(order.job)
+            taken.append(order)
+    rows = iter(_insert(connection, [order.job for order in taken]))
+    return [next(rows) if outcome is None else outcome for outcome in outcomes]
 
 
 def insert_jobs(connection: Connection, jobs: Sequence[dict[str, Any]]) -> list[str]:
@@ -101,17 +95,18 @@ def insert_jobs(connection: Connection, jobs: Sequence[dict[str, Any]]) -> list[
     return [row.id for row in _insert(connection, [_new(job) for job in jobs])]
 
 
-def _quotas_reached(
-    connection: Connection, tenant: str, jobs: Mapping[int, dict[str, Any]], limits: Limits
-) -> dict[int, QuotaReachedError]:
-    """Which of a tenant's jobs are beyond its limits: a small one may fit where a larger one does not."""
-    refused: dict[int, QuotaReachedError] = {}
-    while True:
-        left = [number for number in jobs if number not in refused]
-        fit = fitting(connection, tenant, [jobs[number] for number in left], limits)
-        if fit.quota is None:
-            return refused
-        refused[left[fit.num_jobs]] = QuotaReachedError(fit.quota)
+def _refusal(connection: Connection, order: Order, waiting: int, allowance: Allowance) -> Exception | None:
+    """Why an order is not taken; None: it is, and the request that asks for it knows of it."""
+    if waiting >= order.max_queued:
+        return _queue_full(waiting, order)
+    quota = allowance.exceeded_by(order.job)
+    if quota is not None:
+        return QuotaReachedError(quota)
+    try:
+        order.context.run(note_made, connection, order.job["id"])
+    except InProgressError as error:
+        return error
+    return None
 
 
 def _insert(connection: Connection, rows: Sequence[dict[str, Any]]) -> list[Any]:

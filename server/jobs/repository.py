@@ -9,11 +9,13 @@ database with its own clock, never with the clock of a worker or API host.
 """
 
 import enum
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from operator import itemgetter
 from typing import Any
+from weakref import WeakValueDictionary
 
 from sqlalchemy import (
     BindParameter,
@@ -202,7 +204,8 @@ class JobRepository:
         self._lease_s = lease_s
         self._max_attempts = max_attempts
         self._limits = limits
-        self._take_order: GroupCommit[Order, Any] = GroupCommit(self._take_orders)
+        self._groups: WeakValueDictionary[str, GroupCommit[Order, Any]] = WeakValueDictionary()
+        self._finding_group = threading.Lock()
 
     # -- clients ---------------------------------------------------------------------------------------------
 
@@ -217,7 +220,14 @@ class JobRepository:
             QueueFullError: That many wait already.
             QuotaReachedError: The tenant may have no more of it.
         """
-        return _record(self._take_order(Order(values, max_queued)))
+        order = Order(values, max_queued)
+        # Only where there is one writer anyway does a tenant wait for what another one locks.
+        whose = "" if self._database.is_sqlite else order.job["tenant"]
+        with self._finding_group:
+            group = self._groups.get(whose)
+            if group is None:
+                group = self._groups[whose] = GroupCommit(self._take_orders)
+        return _record(group(order))
 
     def _take_orders(self, orders: Sequence[Order]) -> list[Any]:
         with self._database.write() as connection:

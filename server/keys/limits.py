@@ -159,6 +159,53 @@ class RequestRate:
 # -- in the transaction that makes jobs ------------------------------------------------------------------------
 
 
+class Allowance:
+    """What a tenant may have made now; nobody else makes any of its jobs until the caller's transaction, which must be
+    one that writes, is over.
+
+    Args:
+        defaults: Limits of tenants that have none of their own.
+        queue_share: Share of the tenant's places in the queue that may be taken, so that some are left to others.
+    """
+
+    def __init__(self, connection: Connection, tenant: str, defaults: Limits, *, queue_share: float = 1.0) -> None:
+        self._limits = _limits(connection, tenant, defaults)
+        now = _now(connection)
+        usage = _lock_usage(connection, tenant, now)
+        self._clips, self._pixel_frames = usage.clips, usage.pixel_frames
+        self._day_left_s = DAY_S - now % DAY_S
+        self._places: float = math.inf
+        if self._limits.queued_jobs is not None:
+            self._places = math.ceil(self._limits.queued_jobs * queue_share) - _count_queued(connection, tenant)
+
+    def exceeded_by(self, job: Mapping[str, Any]) -> Quota | None:
+        """The limit that keeps a job off; None: it may be made.
+
+        Args:
+            job: Columns of a job that is to be inserted.
+        """
+        limits = self._limits
+        if self._places <= 0:
+            return Quota(f"{limits.queued_jobs} jobs of this tenant may wait at once, and do.", 2.0, is_soon=True)
+        if limits.clips_per_day is not None and self._clips >= limits.clips_per_day:
+            message = f"This tenant may ask for {limits.clips_per_day} clips a day (UTC), and has."
+            return Quota(message, self._day_left_s, is_soon=False)
+        used, more = self._pixel_frames, _pixel_frames(job)
+        if limits.megapixel_frames_per_day is not None and used + more > limits.megapixel_frames_per_day * 1e6:
+            message = (
+                f"This tenant may ask for {limits.megapixel_frames_per_day:g} megapixel-frames (width x height x "
+                f"frames / 1e6) a day (UTC): {used / 1e6:g} are used, and this needs {more / 1e6:g}."
+            )
+            return Quota(message, self._day_left_s, is_soon=False)
+        return None
+
+    def take(self, job: Mapping[str, Any]) -> None:
+        """Note that a job is made. What is taken is not written down: see :func:`count_usage`."""
+        self._places -= 1
+        self._clips += 1
+        self._pixel_frames += _pixel_frames(job)
+
+
 def fitting(
     connection: Connection,
     tenant: str,
@@ -167,38 +214,17 @@ def fitting(
     *,
     queue_share: float = 1.0,
 ) -> Fit:
-    """How many of these jobs the tenant may have made now; nobody else makes any of its jobs until the caller's
-    transaction, which must be one that writes, is over.
+    """How many of these jobs, in their order, the tenant may have made now; see :class:`Allowance`.
 
     Args:
         jobs: Columns of jobs that are to be inserted.
-        queue_share: Share of the tenant's places in the queue that these may take, so that some are left to others.
     """
-    limits = _limits(connection, tenant, defaults)
-    now = _now(connection)
-    usage = _lock_usage(connection, tenant, now)
-    places = None
-    if limits.queued_jobs is not None:
-        places = math.ceil(limits.queued_jobs * queue_share) - _count_queued(connection, tenant)
-    clips, pixel_frames = usage.clips, usage.pixel_frames
-    left_s = DAY_S - now % DAY_S
+    allowance = Allowance(connection, tenant, defaults, queue_share=queue_share)
     for number, job in enumerate(jobs):
-        clips, pixel_frames = clips + 1, pixel_frames + _pixel_frames(job)
-        quota = None
-        if places is not None and number >= places:
-            quota = Quota(f"{limits.queued_jobs} jobs of this tenant may wait at once, and do.", 2.0, is_soon=True)
-        elif limits.clips_per_day is not None and clips > limits.clips_per_day:
-            message = f"This tenant may ask for {limits.clips_per_day} clips a day (UTC), and has."
-            quota = Quota(message, left_s, is_soon=False)
-        elif limits.megapixel_frames_per_day is not None and pixel_frames > limits.megapixel_frames_per_day * 1e6:
-            used = (pixel_frames - _pixel_frames(job)) / 1e6
-            message = (
-                f"This tenant may ask for {limits.megapixel_frames_per_day:g} megapixel-frames (width x height x "
-                f"frames / 1e6) a day (UTC): {used:g} are used, and this needs {_pixel_frames(job) / 1e6:g}."
-            )
-            quota = Quota(message, left_s, is_soon=False)
+        quota = allowance.exceeded_by(job)
         if quota is not None:
             return Fit(number, quota)
+        allowance.take(job)
     return Fit(len(jobs), None)
 
 

@@ -2,8 +2,9 @@
 
 A Python thread that encodes makes the sampler wait for the interpreter's lock at each of its thousands of calls. An
 encoder process has two lanes, each a connection and a thread, so that while one clip waits for the disk the other is
-encoded; there is one for each core, since its threads share an interpreter and hardly fill more than one. Frames go through the connections; nothing is shared, so nothing is left over when a process dies. Where none
-can be started, the sampling process encodes.
+encoded; there is one for each core, since its threads share an interpreter and hardly fill more than one. Frames go
+through the connections; nothing is shared, so nothing is left over when a process dies. Where none can be started, the
+sampling process encodes.
 """
 
 import logging

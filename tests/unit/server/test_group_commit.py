@@ -41,6 +41,8 @@ class Ledger:
                 told[item] = self.commit_together(item)
             except Exception as error:
                 told[item] = error
+            except SystemExit:
+                pass
 
         first = threading.Thread(target=ask, args=(0,))
         first.start()
@@ -122,3 +124,24 @@ def test_what_cannot_be_written_and_is_alone_is_tried_once() -> None:
         with pytest.raises(ValueError, match="this cannot be written"):
             ledger.commit_together(1)
     assert ledger.groups == [[1], [1]]
+
+
+def test_whoever_is_left_by_a_commit_that_is_stopped_goes_on_alone() -> None:
+    class Stopped(Ledger):
+        def may_fail(self, items: Sequence[int]) -> None:
+            if len(items) > 1:
+                raise SystemExit
+
+    ledger = Stopped()
+    told = ledger.run(3)
+    assert told[0] == "0 is written"
+    assert len(told) == 3  # one of the threads was told to end, and has
+    assert set(told.values()) <= {f"{item} is written" for item in range(4)}
+
+
+def test_an_answer_too_few_is_no_reason_to_wait_for_ever() -> None:
+    class Forgetful(Ledger):
+        def commit(self, items: Sequence[int]) -> list[str | Exception]:
+            return super().commit(items)[: max(1, len(items) - 1)]
+
+    assert Forgetful().run(3) == {item: f"{item} is written" for item in range(4)}

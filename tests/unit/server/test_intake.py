@@ -1,13 +1,15 @@
 """Orders that are taken in one transaction: each as if it came alone."""
 
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from sqlalchemy import select
 
+from server import logs
 from server.errors import InProgressError
 from server.events.jobs import QUEUED
 from server.events.log import EventLog
@@ -109,10 +111,37 @@ def test_each_is_noted_for_the_request_that_asked_for_it(
     assert TenantLimits(database, NO_LIMITS).usage("default").clips == 3
 
 
+def test_each_is_of_the_request_that_asked_for_it(database: Database, job_values: dict[str, Any]) -> None:
+    orders = []
+    for seed in range(3):
+        with logs.bound(request_id=f"req_{seed}"):
+            orders.append(Order({**job_values, "seed": seed}, 100))
+    with database.write() as connection, logs.bound(request_id="of whoever writes"):
+        rows = take_orders(connection, orders, NO_LIMITS)
+    assert [row.request_id for row in rows] == ["req_0", "req_1", "req_2"]
+
+
+def test_who_is_kept_off_by_something_else_uses_up_no_quota(database: Database, job_values: dict[str, Any]) -> None:
+    with working_on(Begun("default", "taken over", "another token")):
+        lost = Order(job_values, 100)
+    with database.write() as connection:
+        outcomes = take_orders(connection, [lost, Order(job_values, 100)], Limits(clips_per_day=1, queued_jobs=1))
+    assert isinstance(outcomes[0], InProgressError)
+    assert outcomes[1].status == "queued"
+
+
 def test_many_threads_are_answered_each_with_its_own_job(
-    repository: JobRepository, database: Database, job_values: dict[str, Any]
+    repository: JobRepository, job_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    together = threading.Barrier(16)
+    together, sizes = threading.Barrier(16), []
+
+    def take(connection: Any, orders: Sequence[Order], limits: Limits) -> list[Any]:
+        if not sizes:
+            time.sleep(0.3)  # the others come meanwhile
+        sizes.append(len(orders))
+        return take_orders(connection, orders, limits)
+
+    monkeypatch.setattr("server.jobs.repository.take_orders", take)
 
     def ask(seed: int) -> Any:
         together.wait()
@@ -126,3 +155,5 @@ def test_many_threads_are_answered_each_with_its_own_job(
     made = [job for job in jobs if job is not None]
     assert len(made) == len({job.id for job in made}) == repository.count_waiting() == 40
     assert all(job is None or job.seed == seed for seed, job in enumerate(jobs))
+    assert sum(sizes) == 48
+    assert max(sizes) >= 8
