@@ -11,6 +11,7 @@ writes JSON.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -20,9 +21,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import psutil
 from generate import RESULTS, describe_machine, save
-from load import numbers
+from load import numbers, table
+from process_times import cpu_seconds
 
 from medsora.manifest import find_checkpoint, read_manifest
 from medsora.pipeline import VideoPipeline
@@ -65,14 +66,12 @@ def main() -> None:
             "lanes": lanes,
             "clips_per_s": statistics.median(rate for rate, _ in measured),
             "cpu_ms": statistics.median(cpu_ms for _, cpu_ms in measured),
-            "measured": measured,
         }
         for (processes, lanes), measured in found.items()
     ]
-    save({"machine": describe_machine("cpu"), "clips": options.clips, "encoders": rows}, options.output)
-    print("\n| processes | lanes of each | clips/s | ms of processor a clip |\n|---|---|---|---|")
-    for row in rows:
-        print(f"| {row['processes']} | {row['lanes']} | {row['clips_per_s']:.1f} | {row['cpu_ms']:.1f} |")
+    each = [[*setting, *one] for setting, measured in found.items() for one in measured]
+    save({"machine": describe_machine("cpu"), "clips": options.clips, "encoders": rows, "each": each}, options.output)
+    table(rows)
 
 
 def measure(
@@ -92,12 +91,12 @@ def measure(
         made = encoders.EncoderProcesses(settings, processes, otherwise=NoOthers())
         try:
             made.wait_until_ready()
-            children = psutil.Process().children()
             with ThreadPoolExecutor(made.lanes) as threads:
                 list(threads.map(encode, range(WARM_UP_CLIPS)))
-                began, used = time.perf_counter(), cpu_seconds(children)
+                began, used = time.perf_counter(), cpu_seconds(os.getpid())["encoders"]
                 list(threads.map(encode, range(WARM_UP_CLIPS, WARM_UP_CLIPS + clips)))
-                return clips / (time.perf_counter() - began), 1000 * (cpu_seconds(children) - used) / clips
+                took_s, used_s = time.perf_counter() - began, cpu_seconds(os.getpid())["encoders"] - used
+                return clips / took_s, 1000 * used_s / clips
         finally:
             made.close()
 
@@ -128,10 +127,6 @@ def claim_of(request: GenerationRequest, settings: Settings) -> Claim:
     database.close()
     assert claim is not None
     return claim
-
-
-def cpu_seconds(processes: list[psutil.Process]) -> float:
-    return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import contextvars
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection, func, insert, select
@@ -39,19 +38,18 @@ class QuotaReachedError(Exception):
         self.quota = quota
 
 
-@dataclass(frozen=True)
 class Order:
-    """One job that a client asks for."""
+    """One job that a client asks for, with the context of the request: another thread may write it down.
 
-    job: dict[str, Any]
-    """The columns of what was asked; completed when the order is made."""
-    max_queued: int
-    """Most jobs that may wait, this one included."""
-    context: contextvars.Context = field(default_factory=contextvars.copy_context)
-    """Of the request: another thread may write it down."""
+    Args:
+        values: The columns of what was asked.
+        max_queued: Most jobs that may wait, this one included.
+    """
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "job", _new(self.job))
+    def __init__(self, values: dict[str, Any], max_queued: int) -> None:
+        self.job = _new(values)
+        self.max_queued = max_queued
+        self.context = contextvars.copy_context()
 
 
 def take_orders(connection: Connection, orders: Sequence[Order], limits: Limits) -> list[Any]:

@@ -77,9 +77,10 @@ class Encoders(Protocol):
 class LocalEncoders:
     """Encodes in the threads that ask for it."""
 
-    def __init__(self, stores: Stores, *, lanes: int = 4) -> None:
+    lanes = 4
+
+    def __init__(self, stores: Stores) -> None:
         self._stores = stores
-        self.lanes = lanes
 
     def wait_until_ready(self) -> None:
         """It is."""
